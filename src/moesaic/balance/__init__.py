@@ -1,0 +1,1 @@
+"""Losses over plans: unweighted functions; the trainer owns the coefficients."""

@@ -1,0 +1,116 @@
+"""evaluate, generate, inspect: look at a model, dense or refactored."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli import options
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    app.command()(evaluate)
+    app.command()(generate)
+    app.command()(inspect)
+
+
+def evaluate(
+    model: options.Model,
+    domains: options.Domains = None,
+    windows: Annotated[int, typer.Option(help="Held-out windows per domain.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    max_bytes: options.MaxBytes = 4_000_000,
+    as_json: options.Json = False,
+) -> None:
+    """Held-out loss per domain of MODEL, dense or refactored."""
+    from moesaic.progress import set_quiet
+    from moesaic.refactor.api import evaluate as run
+
+    set_quiet(as_json)
+    result = run(
+        options.model_source(model), options.domain_specs(domains), windows=windows, length=length, max_bytes=max_bytes
+    )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    typer.echo(f"{'domain':16s} {'nats/token':>10s} {'bits/byte':>10s}")
+    for name, row in result.items():
+        typer.echo(f"{name:16s} {row['nats_per_token']:10.4f} {row['bits_per_byte']:10.4f}")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, hub name or pocket.")] = "moesaic-demo",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
+    expert: Annotated[int | None, typer.Option(help="Use this one expert for every token.")] = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Continue PROMPT with a dense or refactored model; tokens of a refactored one are coloured by expert."""
+    import torch
+
+    from moesaic.models.loading import load_model, load_tokenizer
+
+    source = options.model_source(model)
+    network, tokenizer = load_model(source), load_tokenizer(source)
+    torch.manual_seed(seed)
+    ids = _encode(tokenizer, prompt)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    extra = {} if expert is None else {"expert_index": expert}
+    output = network.generate(ids, max_new_tokens=max_new_tokens, **sampling, **extra)
+    _show(network, tokenizer, output, as_json, expert)
+
+
+def inspect(
+    text: Annotated[str, typer.Argument(help="Text to route; @FILE reads a file.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A refactored checkpoint.")] = "moesaic-demo",
+    as_json: options.Json = False,
+) -> None:
+    """Colour every token of TEXT by the expert that the pre-gate chooses for it. The backbone does not run."""
+    from moesaic.errors import MoesaicError
+    from moesaic.models.loading import load_model, load_tokenizer
+
+    if text.startswith("@"):
+        path = Path(text[1:])
+        if not path.is_file():
+            raise MoesaicError(f"{path} is no file; @FILE reads the text to route from a file")
+        text = path.read_text(encoding="utf-8")
+    network, tokenizer = load_model(model), load_tokenizer(model)
+    if not hasattr(network, "pregate"):
+        raise MoesaicError(f"{model} is a dense model and has no experts to show; refactor it first")
+    _show(network, tokenizer, _encode(tokenizer, text), as_json, None)
+
+
+def _encode(tokenizer, text: str):  # type: ignore[no-untyped-def]
+    """(1, S) ids with the beginning-of-sequence token the training documents had."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    return torch.tensor([ids])
+
+
+def _show(network, tokenizer, ids, as_json: bool, expert: int | None) -> None:  # type: ignore[no-untyped-def]
+    """Print the text of `ids`, coloured by expert where the model has experts."""
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
+    if not hasattr(network, "pregate"):
+        typer.echo(json.dumps({"text": text}) if as_json else text)
+        return
+    from moesaic.refactor.receipts import token_texts
+
+    names = network.config.expert_names
+    chosen = [expert] * ids.shape[1] if expert is not None else network.plan(ids).expert.tolist()
+    tokens = list(zip(token_texts(tokenizer, ids[0].tolist()), chosen, strict=True))
+    if as_json:
+        rows = [{"token": token, "expert": names[index]} for token, index in tokens]
+        typer.echo(json.dumps({"text": text, "tokens": rows}))
+        return
+    from rich.console import Console
+
+    from moesaic.refactor.terminal import coloured_tokens
+
+    Console().print(coloured_tokens(tokens, names))

@@ -1,0 +1,37 @@
+"""`moesaic`: the command line. Errors users can mend are one red line and exit code 2; bugs keep their traceback."""
+
+import sys
+
+import typer
+
+from moesaic.cli import inspect_commands, refactor_commands
+from moesaic.errors import MoesaicError
+
+app = typer.Typer(
+    name="moesaic",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn a dense language model into a mixture of experts whose routes are known before the backbone runs.",
+    epilog="Start with [bold]moesaic demo[/bold]: it refactors a small model that ships with the package, in minutes, "
+    "offline.",
+)
+refactor_commands.add_to(app)
+inspect_commands.add_to(app)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except MoesaicError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command continues where it stopped", fg="yellow", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

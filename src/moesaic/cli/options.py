@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="Model folder or hub name; [bold]pocket[/bold] is the one that ships along.")
+]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--domains",
+        "-d",
+        help="A domain: an installed kind of text (python, c, prose, readme, licence, arithmetic), name=path (txt, "
+        "jsonl, folder) or name=hf:dataset. Repeat it, or separate with commas. Default: the six installed kinds.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the refactored checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+MaxBytes = Annotated[int, typer.Option(help="Text taken per domain, bytes.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def model_source(model: str) -> str:
+    """`pocket` means the packaged model; anything else is taken as it is."""
+    if model != "pocket":
+        return model
+    from moesaic.pocket import pocket_path
+
+    return str(pocket_path())
+
+
+def domain_specs(domains: list[str] | None) -> list[str] | None:
+    """Flatten repeated and comma-separated --domains."""
+    return [spec for item in domains for spec in item.split(",") if spec] if domains else None
+
+
+def keep_value(keep: str) -> float | list[float]:
+    """`0.5`, or one value per layer: `0.5,0.6,...`."""
+    from moesaic.errors import MoesaicError
+
+    try:
+        values = [float(part) for part in keep.split(",")]
+    except ValueError:
+        raise MoesaicError(f"--keep {keep!r} is no number and no comma-separated list of numbers in (0, 1]") from None
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,161 @@
+"""One FFN whose channels are shared out among experts, each kept channel stored once.
+
+y = down^T (act(gate x) * up x * mask[expert]) + down_bias, the plain form without gate: down^T (act(up x) * mask).
+Shapes: N tokens, D model width, W stored channels, E experts.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.experts import compute
+from moesaic.experts.compute import TokenGroups
+from moesaic.experts.layout import Block, BlockLayout, layout_from_masks
+
+__all__ = ["Block", "BlockLayout", "ChannelBlocks", "FFNWeights", "TokenGroups", "layout_from_masks"]
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """A dense FFN, oriented like nn.Linear weights: gate, up (W, D), down (D, W), biases (W,), (W,), (D,)."""
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class ChannelBlocks(nn.Module):
+    """The weights of one refactored FFN in block order.
+
+    gate, up, down:  (W, D) each, one row a channel, so that a block is a contiguous run of rows in all three. `down` is
+                     therefore the transpose of the dense down projection. `gate` is None for plain FFNs.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        gated: bool = True,
+        up_bias: bool = False,
+        down_bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.activation = activation
+        self.dropout = dropout
+        self.untied = sum(block.width for block in layout.blocks) > layout.source_width
+
+        def rows(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape)) if wanted else None
+
+        self.up = nn.Parameter(torch.empty(layout.width, hidden))
+        self.down = nn.Parameter(torch.empty(layout.width, hidden))
+        self.register_parameter("gate", rows(gated, layout.width, hidden))
+        self.register_parameter("gate_bias", rows(gated and up_bias, layout.width))
+        self.register_parameter("up_bias", rows(up_bias, layout.width))
+        self.register_parameter("down_bias", rows(down_bias, hidden))
+        self._masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
+        self._copied_from: tuple[object, ...] = ()
+
+    @torch.no_grad()
+    def load_dense(self, weights: FFNWeights, order: Tensor) -> None:
+        """Fill from a dense FFN; stored channel i is its channel `order[i]`."""
+        order = order.to(weights.up.device)
+        self.up.copy_(weights.up[order])
+        self.down.copy_(weights.down.T[order])
+        for name in ("gate", "gate_bias", "up_bias"):
+            if (target := getattr(self, name)) is not None:
+                target.copy_(getattr(weights, name)[order])
+        if self.down_bias is not None and weights.down_bias is not None:
+            self.down_bias.copy_(weights.down_bias)
+
+    @property
+    def channel_bytes(self) -> int:
+        """Stored bytes of one channel."""
+        rows = self.up.shape[1] * (2 if self.gate is None else 3)
+        return (rows + sum(b is not None for b in (self.gate_bias, self.up_bias))) * self.up.element_size()
+
+    @property
+    def expert_bytes(self) -> int:
+        """Stored bytes of the largest expert."""
+        return max(map(self.layout.expert_width, range(self.layout.experts))) * self.channel_bytes
+
+    def bytes(self, experts: Iterable[int] | None = None) -> int:
+        """Bytes of the union of these experts' blocks (all when None); the down bias counts always."""
+        width = self.layout.width if experts is None else self.layout.union_width(experts)
+        bias = 0 if self.down_bias is None else self.down_bias.numel() * self.down_bias.element_size()
+        return width * self.channel_bytes + bias
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(E, W) ones and zeros."""
+        key = (dtype, device)
+        if key not in self._masks:
+            self._masks[key] = self.layout.mask().to(device=device, dtype=dtype)
+        return self._masks[key]
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """gate, up and their biases for stored channels `start` to `stop`, views."""
+        gate = None if self.gate is None else self.gate[start:stop]
+        gate_bias = None if self.gate_bias is None else self.gate_bias[start:stop]
+        up_bias = None if self.up_bias is None else self.up_bias[start:stop]
+        return gate, self.up[start:stop], gate_bias, up_bias
+
+    def activate(
+        self, x: Tensor, gate: Tensor | None, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None
+    ) -> Tensor:
+        """act(gate x) * up x, or act(up x) where there is no gate."""
+        if gate is None:
+            return self.activation(F.linear(x, up, up_bias))
+        return self.activation(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+
+    def project(self, hidden_NW: Tensor) -> Tensor:
+        """(N, W) -> (N, D) through all stored channels."""
+        return self.finish(hidden_NW @ self.down)
+
+    def finish(self, y_ND: Tensor) -> Tensor:
+        """Add the down bias and apply the FFN's own dropout."""
+        if self.down_bias is not None:
+            y_ND = y_ND + self.down_bias
+        return F.dropout(y_ND, self.dropout, self.training) if self.dropout else y_ND
+
+    @torch.no_grad()
+    def copy_of(self, expert: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """gate and up stacked (2 W_e, D), their bias, and down (D, W_e), contiguous; cached until a weight changes."""
+        # Inference tensors carry no version; they cannot be trained in place under grad mode either.
+        version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in (self.up, self.down))
+        if version != self._copied_from:
+            self._copies, self._copied_from = {}, version
+        if expert not in self._copies:
+            runs = self.layout.runs(expert)
+
+            def gather(parameter: Tensor) -> Tensor:
+                return torch.cat([parameter[start:stop] for start, stop in runs])
+
+            stacked = [p for p in (self.gate, self.up) if p is not None]
+            biases = [p for p in (self.gate_bias, self.up_bias) if p is not None]
+            bias = torch.cat([gather(p) for p in biases]) if biases else None
+            self._copies[expert] = (torch.cat([gather(p) for p in stacked]), bias, gather(self.down).T.contiguous())
+        return self._copies[expert]
+
+    def __getstate__(self) -> dict[str, object]:
+        # Copies and masks are derived: neither deepcopy nor a checkpoint should carry them.
+        return {**super().__getstate__(), "_copies": {}, "_copied_from": (), "_masks": {}}
+
+    def forward(self, x: Tensor, groups: TokenGroups | Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., D). `groups`: the expert of each of the N tokens; None = every stored channel is on."""
+        x_ND = x.reshape(-1, x.shape[-1])
+        if groups is None or self.layout.is_whole:
+            return compute.whole(self, x_ND).view(x.shape)
+        if isinstance(groups, Tensor):
+            groups = TokenGroups(groups)
+        return compute.choose(self, groups)(self, x_ND, groups).view(x.shape)

@@ -1,0 +1,1 @@
+"""Routing: one contract, selection policies, one file per router."""

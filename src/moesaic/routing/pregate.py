@@ -1,0 +1,184 @@
+"""The pre-gate: a small causal transformer over token ids whose one answer routes every layer (Read-ME, 2410.19123).
+
+Because it reads nothing but ids, the routes of a whole prompt are known before layer 0 of the backbone runs.
+Differences to the released router, each with its reason: it honours padding and per-sequence positions, so that a
+left-padded batch routes like single sequences; it has a KV cache of its own, so that decoding routes exactly like one
+pass over the full text; attention logits are scaled by 1/sqrt(head width).
+
+Shapes: B batch, S new tokens, T cached + new tokens, E experts, R router width, H heads.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.errors import MoesaicError
+from moesaic.routing.contract import Caps, RoutePlan
+from moesaic.routing.policies import TopK
+
+
+class KeyValueCache(Protocol):
+    """The part of a transformers Cache that the pre-gate uses."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]: ...
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreGateConfig:
+    """Sizes of the router. The paper's, for a 4096-wide model: width 512, MLP 512, 4 heads, 1 layer: 18.0 M weights."""
+
+    vocab_size: int
+    experts: int
+    width: int = 512  # R; also the embedding width
+    mlp_width: int = 512
+    heads: int = 4
+    layers: int = 1
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise MoesaicError(f"pre-gate width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+
+    @classmethod
+    def for_model(cls, vocab_size: int, hidden_size: int, experts: int) -> "PreGateConfig":
+        """A quarter of the model's width, between 32 (4 heads of 8) and the paper's 512."""
+        width = min(512, max(32, hidden_size // 4 // 8 * 8))
+        return cls(vocab_size=vocab_size, experts=experts, width=width, mlp_width=width)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, for config.json."""
+        return asdict(self)
+
+
+class PreGateLayer(nn.Module):
+    """h += o(attention(norm h)); h += down(silu(up(norm h))), causal, rotary positions."""
+
+    def __init__(self, config: PreGateConfig) -> None:
+        super().__init__()
+        self.heads, self.head_width = config.heads, config.width // config.heads
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+
+    def forward(
+        self, h_BSR: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None, slot: int
+    ) -> Tensor:
+        batch, length, width = h_BSR.shape
+        qkv = self.qkv(self.attention_norm(h_BSR)).view(batch, length, 3, self.heads, self.head_width)
+        qk, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
+        query, key = _rotate(qk, *rotary).transpose(1, 3).unbind(2)  # (B, H, S, R/H) each
+        if cache is not None:
+            key, value = cache.update(key, value, slot)
+        causal = mask is None and length > 1
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        h_BSR = h_BSR + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        return h_BSR + self.down(F.silu(self.up(self.mlp_norm(h_BSR))))
+
+
+class PreGate(nn.Module):
+    """Token ids -> one expert per token, the same in every layer (Read-ME, section 3; Table 1)."""
+
+    caps = Caps(reads=frozenset({"ids"}), causal=True, trainable=False, precompute="exact")
+
+    def __init__(self, config: PreGateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(PreGateLayer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.experts, bias=False)
+        self.policy = TopK(1)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # rotary tables, rebuilt when needed
+
+    def _rotary(self, pos_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for each position, (B, S, 1, 1, R/H/2) float32, from a table that grows by doubling."""
+        needed = int(pos_BS.max()) + 1
+        table = self._tables.get(pos_BS.device)
+        if table is None or len(table[0]) < needed:
+            half = self.config.width // self.config.heads // 2
+            frequency = self.config.rope_theta ** (-torch.arange(half, device=pos_BS.device) / half)
+            rows = torch.arange(max(512, 2 * needed), device=pos_BS.device)
+            angle = (rows[:, None] * frequency)[:, None, None, :]
+            table = self._tables[pos_BS.device] = (angle.cos(), angle.sin())
+        return table[0][pos_BS], table[1][pos_BS]
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        mask_BT: Tensor | None = None,
+        pos_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        first_slot: int = 0,
+    ) -> Tensor:
+        """Logits over experts, (B, S, E) float32.
+
+        ids_BS:     the new tokens.
+        mask_BT:    1 for real tokens, 0 for padding, over cached and new tokens; None = no padding.
+        pos_BS:     position of each new token inside its own sequence; None = counted from `mask_BT` or the cache.
+        cache:      a transformers Cache; layer i of the pre-gate uses its layer `first_slot + i`.
+        """
+        length = ids_BS.shape[1]
+        past = int(cache.get_seq_length(first_slot)) if cache is not None else 0
+        if pos_BS is None:
+            pos_BS = positions(ids_BS, mask_BT, past)
+        keys = max(past + length, _static_length(cache, first_slot))
+        mask = _attention_mask(mask_BT, past, length, keys, ids_BS.device)
+        with torch.autocast(ids_BS.device.type, enabled=False):  # fp32 router under autocast
+            h_BSR = self.embedding(ids_BS).to(self.head.weight.dtype)
+            rotary = self._rotary(pos_BS)
+            for offset, layer in enumerate(self.layers):
+                h_BSR = layer(h_BSR, rotary, mask, cache, first_slot + offset)
+            return self.head(self.norm(h_BSR)).float()
+
+    def plan(self, *args: Any, **kwargs: Any) -> RoutePlan:
+        """The plan of every layer, N = B * S tokens; arguments as in `forward`."""
+        return self.policy(self(*args, **kwargs).flatten(0, 1))
+
+
+def positions(ids_BS: Tensor, mask_BT: Tensor | None, past: int) -> Tensor:
+    """Position of each new token in its own sequence, padding not counted, (B, S) int64."""
+    length = ids_BS.shape[1]
+    if mask_BT is None:
+        return (torch.arange(past, past + length, device=ids_BS.device)).expand(ids_BS.shape)
+    return (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, past : past + length]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of the last axis of (B, S, ., H, R/H) by each token's angle."""
+    one, two = x.float().chunk(2, dim=-1)
+    return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1).to(x.dtype)
+
+
+def _static_length(cache: KeyValueCache | None, slot: int) -> int:
+    """Key length of a preallocated cache layer (it returns all its slots), else 0."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or slot >= len(layers):
+        return 0
+    return max(0, layers[slot].get_max_length())
+
+
+def _attention_mask(mask_BT: Tensor | None, past: int, length: int, keys: int, device: torch.device) -> Tensor | None:
+    """Which keys each new token may see, (B or 1, 1, S, keys) bool; None when plain causal attention says it all.
+
+    Every query may see itself, so that a padding row is well defined (its output is never used).
+    """
+    padded = mask_BT is not None and not bool(mask_BT.all())
+    if not padded and keys == past + length and (past == 0 or length == 1):
+        return None
+    query = torch.arange(past, past + length, device=device)
+    key = torch.arange(keys, device=device)
+    mask = (key <= query[:, None])[None, None]
+    if padded:
+        assert mask_BT is not None
+        real = F.pad(mask_BT.bool(), (0, keys - mask_BT.shape[1]))[:, :keys]
+        mask = mask & real[:, None, None, :] | (key == query[:, None])
+    return mask
