@@ -87,3 +87,6 @@ class MoesaicConfig(PreTrainedConfig):
             view.layer_types = ["sliding_attention"] * view.num_hidden_layers + ["full_attention"] * extra
         view.num_hidden_layers += extra
         return view
+
+
+AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)

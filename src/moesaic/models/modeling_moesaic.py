@@ -205,3 +205,6 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As transformers', but all or nothing, and with a manifest of checksums."""
         save_checkpoint(super().save_pretrained, save_directory, **kwargs)
+
+
+AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)

@@ -11,24 +11,11 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-CONFIG_MODULE = "transformers.models.auto.configuration_auto"
-MODEL_MODULE = "transformers.models.auto.modeling_auto"
-
-
-def _register_config(auto: ModuleType) -> None:
-    from moesaic.models.configuration_moesaic import MoesaicConfig
-
-    auto.AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
-
-
-def _register_model(auto: ModuleType) -> None:
-    from moesaic.models.configuration_moesaic import MoesaicConfig
-    from moesaic.models.modeling_moesaic import MoesaicForCausalLM
-
-    auto.AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
-
-
-REGISTRATIONS = {CONFIG_MODULE: _register_config, MODEL_MODULE: _register_model}
+# transformers' module -> ours, which registers itself at its end.
+REGISTRATIONS = {
+    "transformers.models.auto.configuration_auto": "moesaic.models.configuration_moesaic",
+    "transformers.models.auto.modeling_auto": "moesaic.models.modeling_moesaic",
+}
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -42,7 +29,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.pending:
             return None
-        register = self.pending.pop(fullname)  # popped first: the nested find_spec must not land here again
+        ours = self.pending.pop(fullname)  # popped first: the nested find_spec must not land here again
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return None
@@ -50,7 +37,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            register(module)
+            importlib.import_module(ours)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -59,9 +46,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 def register_auto_classes() -> None:
     """Register now what is already imported, and the rest when it is."""
     finder = _AfterImport()
-    for name, register in REGISTRATIONS.items():
-        if name in sys.modules:
-            del finder.pending[name]
-            register(sys.modules[name])
+    for theirs, ours in REGISTRATIONS.items():
+        if theirs in sys.modules:
+            del finder.pending[theirs]
+            importlib.import_module(ours)
     if finder.pending:
         sys.meta_path.insert(0, finder)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from moesaic.errors import MissingExtraError, MoesaicError
 from moesaic.refactor.report import amount, nats, percent, shorten, signed
 from moesaic.refactor.terminal import PALETTE, Token, expert_colour, layout_tokens, tint
 
+__all__ = ["PALETTE", "channel_ownership", "expert_domain_heatmap", "loss_curves", "token_strip"]
+
 PathLike = str | os.PathLike[str]
 INK, QUIET, RULE = "#1a1a1a", "#5f5f5f", "#c8c8c8"
 DPI = 150
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -59,11 +63,11 @@ def expert_domain_heatmap(receipt: Mapping[str, Any], path: PathLike) -> None:
         for (expert, g), value in np.ndenumerate(excess_EG):
             text, weight = ("best", "bold") if value == 0 else (signed(value, 2), "normal")
             colour = "white" if value > 0.6 * top else INK
-            axes.text(g, expert, text, ha="center", va="center", color=colour, weight=weight)
+            axes.text(g, expert, text, color=colour, weight=weight, **CENTRED)
         axes.set_xticks(range(count), [shorten(name, 22) for name in domains])
         axes.set_yticks(range(experts), [shorten(name, 22) for name in names])
         axes.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False, left=False, pad=5)
-        axes.tick_params(axis="y", pad=16)
+        axes.tick_params(axis="y", pad=17)
         if max(map(len, domains)) > 8:
             for label in axes.get_xticklabels():
                 label.set(rotation=30, ha="left", rotation_mode="anchor")
@@ -73,8 +77,7 @@ def expert_domain_heatmap(receipt: Mapping[str, Any], path: PathLike) -> None:
         for g, expert in own.items():
             axes.add_patch(_rectangle((g - 0.47, expert - 0.46), 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.8))
         for expert in range(experts):
-            chip = {"transform": axes.get_yaxis_transform(), "clip_on": False, "color": expert_colour(expert)}
-            axes.plot([-0.012], [expert], "s", markersize=7, **chip)
+            _label(axes, "■", (0, expert), axes.get_yaxis_transform(), (-9, 0), color=expert_colour(expert), **CENTRED)
         _best_row(axes, loss_EG.min(0), experts)
 
 
@@ -99,10 +102,9 @@ def _heatmap_words(excess_EG: np.ndarray, own: Mapping[int, int]) -> tuple[str, 
 def _best_row(axes: Any, best_G: np.ndarray, experts: int) -> None:
     """Below the columns, in absolute terms, what the colours are measured from."""
     for g, value in enumerate(best_G):
-        axes.text(g, experts - 0.28, nats(value, 2), ha="center", va="center", color=QUIET)
-    label = {"ha": "right", "va": "center", "color": QUIET, "transform": axes.get_yaxis_transform()}
-    axes.text(-0.03, experts - 0.28, "nats of the best", **label)
-    axes.text(-0.03, -0.72, "expert ↓  domain →", **label)
+        axes.text(g, experts - 0.28, nats(value, 2), color=QUIET, **CENTRED)
+    for y, text in ((experts - 0.28, "nats of the best"), (-0.72, "expert ↓  domain →")):
+        _label(axes, text, (0, y), axes.get_yaxis_transform(), (-16, 0), ha="right", va="center", color=QUIET)
     axes.set_ylim(experts - 0.02, -0.5)
 
 
@@ -114,15 +116,13 @@ def channel_ownership(masks: Sequence[np.ndarray], names: Sequence[str], path: P
 
     Raises MoesaicError without layers or if E is not the number of names; MissingExtraError without matplotlib.
     """
-    masks_LEW = [np.asarray(mask, dtype=bool) for mask in masks]
-    if not masks_LEW or any(mask.ndim != 2 or len(mask) != len(names) for mask in masks_LEW):
-        shapes = [mask.shape for mask in masks_LEW]
+    masks = [np.asarray(mask, dtype=bool) for mask in masks]
+    if not masks or any(mask.ndim != 2 or len(mask) != len(names) for mask in masks):
+        shapes = [mask.shape for mask in masks]
         raise MoesaicError(f"masks have shapes {shapes}, expected ({len(names)}, channels) for each layer")
-    shares = ownership_shares(masks_LEW)
-    experts, layers, pixels = len(names), len(masks_LEW), 1400
-    image = np.stack([_layer_colours(mask, pixels) for mask in masks_LEW])
-    title, subtitle = _ownership_words(shares, experts)
-    with _drawing(path, 9.6, 1.5 + max(1.4, min(6.0, 0.3 * layers)), title, subtitle) as figure:
+    shares, layers, width = ownership_shares(masks), len(masks), 9.6
+    image = np.stack([_layer_colours(mask, pixels=1400) for mask in masks])
+    with _drawing(path, width, 1.5 + max(1.4, min(6.0, 0.3 * layers)), *_ownership_words(*shares)) as figure:
         axes = figure.add_subplot()
         axes.imshow(image, aspect="auto", interpolation="nearest", extent=(0, 100, layers - 0.5, -0.5))
         if layers <= 40:
@@ -132,27 +132,19 @@ def channel_ownership(masks: Sequence[np.ndarray], names: Sequence[str], path: P
         axes.set(ylabel="layer", xlabel="share of the source's FFN channels")
         axes.spines[:].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        handles = [
-            _rectangle((0, 0), 1, 1, facecolor=c, edgecolor=RULE, label=label) for c, label in _owners(shares, names)
-        ]
-        figure.legend(
-            handles=handles,
-            loc="outside lower left",
-            ncols=_legend_columns([handle.get_label() for handle in handles], 9.6),
-            frameon=False,
-            handlelength=1.1,
-            handleheight=1.1,
-            columnspacing=1.6,
-        )
+        colours, labels = zip(*_owners(*shares, names), strict=True)
+        chips = [_rectangle((0, 0), 1, 1, facecolor=colour, edgecolor=RULE) for colour in colours]
+        columns = int(width / (0.075 * max(map(len, labels)) + 0.45))
+        options = {"frameon": False, "handlelength": 1.1, "handleheight": 1.1, "columnspacing": 1.6}
+        figure.legend(chips, labels, loc="outside lower left", ncols=max(1, min(len(labels), columns)), **options)
 
 
-def ownership_shares(masks: Iterable[np.ndarray]) -> dict[str, Any]:
-    """Shares of all channels of all layers: "owners", (E + 1,) by number of owners, and "one", (E,) owned by one only."""
-    counts = [mask.sum(0) for mask in masks_list] if (masks_list := list(masks)) else []
-    experts, total = len(masks_list[0]), sum(len(count) for count in counts)
-    owners = sum(np.bincount(count, minlength=experts + 1) for count in counts)
-    one = sum((mask & (count == 1)).sum(1) for mask, count in zip(masks_list, counts, strict=True))
-    return {"owners": np.asarray(owners) / total, "one": np.asarray(one) / total}
+def ownership_shares(masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of all channels of all layers: (E + 1,) by number of owners, and (E,) owned by that expert alone."""
+    counts = [mask.sum(0) for mask in masks]
+    owners = np.sum([np.bincount(count, minlength=len(masks[0]) + 1) for count in counts], axis=0)
+    alone = np.sum([(mask & (count == 1)).sum(1) for mask, count in zip(masks, counts, strict=True)], axis=0)
+    return owners / owners.sum(), alone / owners.sum()
 
 
 def _layer_colours(mask_EW: np.ndarray, pixels: int) -> np.ndarray:
@@ -160,44 +152,47 @@ def _layer_colours(mask_EW: np.ndarray, pixels: int) -> np.ndarray:
     experts, width = mask_EW.shape
     count = mask_EW.sum(0)
     order = np.lexsort((*~mask_EW[::-1], -count))
-    table = np.array([_rgb("#ffffff"), *(_rgb(_grey(n, experts)) for n in range(1, experts + 1))])
-    colours = table[count]
-    one = count == 1
-    colours[one] = np.array([_rgb(expert_colour(e)) for e in range(experts)])[mask_EW.argmax(0)[one]]
+    by_count = np.array([_rgb("#ffffff"), *(_rgb(_grey(n, experts)) for n in range(1, experts + 1))])
+    by_owner = np.array([_rgb(expert_colour(expert)) for expert in range(experts)])
+    colours = np.where((count == 1)[:, None], by_owner[mask_EW.argmax(0)], by_count[count])
     return np.asarray(colours[order][np.arange(pixels) * width // pixels])
 
 
 def _grey(owners: int, experts: int) -> str:
     """Light for two owners, dark for all of them."""
-    level = round(205 - 150 * (owners - 2) / max(1, experts - 2)) if experts > 2 else 55
-    return f"#{min(level, 255):02x}" + f"{min(level, 255):02x}" * 2
+    level = round(205 - 150 * max(0, owners - 2) / (experts - 2)) if experts > 2 else 55
+    return "#" + 3 * f"{level:02x}"
 
 
-def _ownership_words(shares: Mapping[str, Any], experts: int) -> tuple[str, str]:
-    owners = shares["owners"]
-    title = f"{percent(owners[-1], 0)} of the channels serve all {experts} experts, {percent(owners[1], 0)} just one"
-    dropped = owners[0]
-    end = "; none is dropped" if dropped == 0 else f"; {percent(dropped, 0)} are dropped"
-    subtitle = (
-        "The FFN channels of each layer, sorted by how many experts own them. Each is stored once, so the refactored "
-    )
-    return title + end, subtitle + f"model holds {percent(1 - dropped, 0)} of its source's."
+def _ownership_words(owners: np.ndarray, alone: np.ndarray) -> tuple[str, str]:
+    experts, dropped = len(alone), f"{percent(owners[0], 0)} are dropped" if owners[0] else "none is dropped"
+    shared = f"{percent(owners[-1], 0)} of the channels serve {_all(experts)}, {percent(owners[1], 0)} just one"
+    title = f"{shared if experts > 1 else percent(owners[1], 0) + ' of the channels are kept'}; {dropped}"
+    subtitle = "The FFN channels of each layer, sorted by how many experts own them."
+    return title, f"{subtitle} Stored once each, they are {percent(1 - owners[0], 0)} of the source's."
 
 
-def _owners(shares: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _all(experts: int) -> str:
+    return "both experts" if experts == 2 else f"all {experts} experts"
+
+
+def _owners(owners: np.ndarray, alone: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Legend entries: colour and label."""
-    owners, experts = shares["owners"], len(names)
+    experts = len(names)
     if experts > 1:
-        yield _grey(experts, experts), f"all {experts} experts {percent(owners[-1], 0)}"
+        yield _grey(experts, experts), f"{_all(experts)}: {percent(owners[-1], 0)}"
     if experts > 2:
-        several = f"2 to {experts - 1} of them" if experts > 3 else "2 of them"
-        yield _grey((experts + 1) // 2, experts), f"{several} {percent(owners[2:-1].sum(), 0)}"
+        several = f"2 to {experts - 1}" if experts > 3 else "2"
+        yield _grey((experts + 1) // 2, experts), f"{several} of them: {percent(owners[2:-1].sum(), 0)}"
     for expert, name in enumerate(names):
-        yield expert_colour(expert), f"only {shorten(name, 22)} {percent(shares['one'][expert], 0)}"
-    yield "#ffffff", f"dropped {percent(owners[0], 0)}"
+        yield expert_colour(expert), f"only {shorten(name, 22)}: {percent(alone[expert], 0)}"
+    yield "#ffffff", f"dropped: {percent(owners[0], 0)}"
 
 
 # -- 3: tokens -----------------------------------------------------------------------------------------------------
+Laid = Sequence[tuple[str, Sequence[Token], list[tuple[int, int, str, int]]]]  # domain, tokens, pieces
+
+
 def token_strip(
     texts: Sequence[tuple[str, Sequence[Token]]],
     names: Sequence[str],
@@ -214,11 +209,10 @@ def token_strip(
     if not any(tokens for _, tokens in texts):
         raise MoesaicError("there is no token to draw; give at least one text of one token")
     size, line, left = 9.5, 0.245, 0.2  # points, inches, inches
-    advance = MONO_ADVANCE * size / 72
     laid = [(domain, tokens, layout_tokens(tokens, columns, max_lines)) for domain, tokens in texts if tokens]
     legend = _strip_legend(laid, names, columns)
     height = 0.1 + line * (len(legend) + sum(1.75 + pieces[-1][0] + 1 for *_, pieces in laid)) + 0.1
-    with _drawing(path, columns * advance + 2 * left, height, *_strip_words(laid)) as figure:
+    with _drawing(path, columns * MONO_ADVANCE * size / 72 + 2 * left, height, *_strip_words(laid)) as figure:
         figure.set_layout_engine("none")
         wide, high = figure.get_size_inches()
         axes = figure.add_axes((left / wide, 0, 1 - 2 * left / wide, height / high))
@@ -232,8 +226,7 @@ def token_strip(
             y += 1
         for domain, tokens, pieces in laid:
             heading = axes.text(0, y + 1.1, shorten(domain, 40), va="center", weight="bold")
-            axes.annotate(_busiest(tokens, names), (1, 0.5), xycoords=heading, xytext=(8, 0), color=QUIET, va="center",
-                          textcoords="offset points")  # fmt: skip
+            _label(axes, _busiest(tokens, names), (1, 0.5), heading, (8, 0), color=QUIET, va="center")
             y += 1.65
             for row_index, x, text, expert in pieces:
                 _draw_piece(axes, x, y + row_index, text, expert_colour(expert), size)
@@ -245,7 +238,7 @@ def _draw_piece(axes: Any, x: float, y: float, text: str, colour: str, size: flo
     axes.add_patch(_rectangle((x, y), len(text), 0.9, facecolor=tint(colour, 0.62), edgecolor="none"))
     axes.add_patch(_rectangle((x, y + 0.76), len(text), 0.14, facecolor=colour, edgecolor="none"))
     axes.plot([x, x], [y, y + 0.9], color="white", linewidth=0.8, solid_capstyle="butt")
-    axes.text(x, y + 0.4, _drawable(text), family="DejaVu Sans Mono", size=size, va="center_baseline", color="black")
+    axes.text(x, y + 0.58, _drawable(text), family="DejaVu Sans Mono", size=size, va="baseline", color="black")
 
 
 def _drawable(text: str) -> str:
@@ -256,9 +249,9 @@ def _drawable(text: str) -> str:
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in text)
 
 
-def _strip_words(laid: Sequence[tuple[str, Sequence[Token], Any]]) -> tuple[str, str]:
-    pairs = [(a[1], b[1]) for _, tokens, _ in laid for a, b in zip(tokens, tokens[1:], strict=False)]
-    subtitle = "Held-out text; each token on the colour of the expert that the router chose for it before layer 0."
+def _strip_words(laid: Laid) -> tuple[str, str]:
+    pairs = [(a[1], b[1]) for _, tokens, _ in laid for a, b in pairwise(tokens)]
+    subtitle = "Each token stands on the colour of its expert, which the router chose from token ids alone."
     if not pairs:
         return "Which expert takes which token", subtitle
     stays = sum(a == b for a, b in pairs) / len(pairs)
@@ -266,131 +259,120 @@ def _strip_words(laid: Sequence[tuple[str, Sequence[Token], Any]]) -> tuple[str,
 
 
 def _busiest(tokens: Sequence[Token], names: Sequence[str]) -> str:
-    counts = np.bincount([expert for _, expert in tokens], minlength=len(names))
-    return (
-        f"{percent(counts.max() / len(tokens), 0)} of {len(tokens)} tokens go to {shorten(names[counts.argmax()], 30)}"
-    )
+    counts = np.bincount([expert for _, expert in tokens])
+    share, name = percent(counts.max() / len(tokens), 0), shorten(names[int(counts.argmax())], 30)
+    return f"{share} of {len(tokens)} tokens go to {name}"
 
 
-def _strip_legend(
-    laid: Sequence[tuple[str, Sequence[Token], Any]], names: Sequence[str], columns: int
-) -> list[list[tuple[float, int, str]]]:
+def _strip_legend(laid: Laid, names: Sequence[str], columns: int) -> list[list[tuple[float, int, str]]]:
     """Rows of (column, expert, label), as many per row as fit."""
     counts = np.bincount([expert for _, tokens, _ in laid for _, expert in tokens], minlength=len(names))
     labels = [f"{shorten(name, 24)} {percent(n / counts.sum(), 0)}" for name, n in zip(names, counts, strict=True)]
-    step = max(map(len, labels)) * 0.98 + 4.5
+    step = max(map(len, labels)) * 0.92 + 3.4
     per_row = max(1, int(columns / step))
     entries = [(i % per_row * step, i, label) for i, label in enumerate(labels)]
     return [entries[i : i + per_row] for i in range(0, len(entries), per_row)]
 
 
 # -- 4: healing ----------------------------------------------------------------------------------------------------
+Log = Sequence[Mapping[str, Any]]
+Curve = tuple[np.ndarray, np.ndarray]  # tokens (n,), values (n,) or (n, E)
+
+
 def loss_curves(
-    log: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-    path: PathLike,
-    control_log: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    dense: float | None = None,
+    log: Log, names: Sequence[str], path: PathLike, control_log: Log | None = None, *, dense: float | None = None
 ) -> None:
     """Healing loss of the experts (and of the pruned control) over tokens; the router's loss; the experts' load.
 
-    log:    rows of the training log with `round`, `stage` ("router" or "experts"), `tokens` (of that stage) and `losses`.
+    log:    the training log's rows with `round`, `stage` ("router" or "experts"), `tokens` (of that stage), `losses`.
     dense:  the source's held-out nats per token, drawn as a dashed line.
 
-    Raises MoesaicError without a row; MissingExtraError without matplotlib.
+    Raises MoesaicError without a step; MissingExtraError without matplotlib.
     """
-    moe, control = _curve(log, "experts", "lm"), _curve(control_log or (), "experts", "lm")
-    router, load = _curve(log, "router", "router"), _loads(log, len(names))
+    moe, control = _curve(log, "experts", "losses", "lm"), _curve(control_log or (), "experts", "losses", "lm")
+    router, load = _curve(log, "router", "losses", "router"), _curve(log, "router", "metrics", "load")
     if not len(moe[0]) and not len(router[0]):
         raise MoesaicError("the healing log is empty, expected at least one training step; heal the model first")
-    panels = 1 + bool(len(router[0])) + bool(len(load[0]))
-    ratios = [1.7, *[1.0] * (panels - 1)]
-    title, subtitle = _curve_words(moe[1], control[1], dense)
-    with _drawing(path, 5.6 + 2.9 * (panels - 1), 3.5, title, subtitle) as figure:
-        main, *others = figure.subplots(1, panels, gridspec_kw={"width_ratios": ratios}, squeeze=False)[0]
-        lines = [(*moe, PALETTE[0], "experts"), (*control, PALETTE[4], "pruned control")]
-        _draw_curves(main, [line for line in lines if len(line[0])], "Next-token loss, nats")
-        if dense is not None:
-            main.axhline(dense, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
-            main.annotate("dense, held out", (0, dense), xycoords=("axes fraction", "data"), xytext=(4, 3), size=8.5,
-                          textcoords="offset points", color=INK)  # fmt: skip
-        _mark_rounds(main, log, "experts")
-        if len(router[0]):
-            panel = others.pop(0)
-            _draw_curves(panel, [(*router, PALETTE[2], "")], "Router loss, nats")
-            _mark_rounds(panel, log, "router")
-        if len(load[0]):
-            _draw_loads(others.pop(0), load, names)
+    shown = [len(moe[0]) > 0, len(router[0]) > 0, len(load[0]) > 0]
+    with _drawing(path, 0.2 + 2.9 * sum(shown) + 2.2 * shown[0], 3.5, *_curve_words(moe[1], control[1])) as figure:
+        ratios = [ratio for ratio, here in zip((1.8, 1, 1), shown, strict=True) if here]
+        panels = iter(figure.subplots(1, sum(shown), gridspec_kw={"width_ratios": ratios}, squeeze=False)[0])
+        if shown[0]:
+            axes = next(panels)
+            lines = [(moe, PALETTE[0], "experts"), (control, PALETTE[4], "pruned control")]
+            _draw_curves(axes, [line for line in lines if len(line[0][0])], "Next-token loss, nats", dense)
+            _mark_rounds(axes, log, "experts")
+        if shown[1]:
+            axes = next(panels)
+            _draw_curves(axes, [(router, PALETTE[2], "router")], "Router loss, nats")
+            _mark_rounds(axes, log, "router")
+        if shown[2]:
+            _draw_loads(next(panels), load, names)
 
 
-def _curve(log: Sequence[Mapping[str, Any]], stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens read up to each step, counted through all rounds of `stage`, and that loss; rows without it are left out."""
-    points = [(tokens, row.get("losses", row).get(name)) for tokens, row in _with_tokens(log, stage)]
-    known = [(tokens, loss) for tokens, loss in points if loss is not None]
-    return np.array([p[0] for p in known], dtype=float), np.array([p[1] for p in known], dtype=float)
+def _curve(log: Log, stage: str, group: str, name: str) -> Curve:
+    """What a stage logged under row[group][name], over the tokens read; steps without it are left out."""
+    known = [(at, row[group][name]) for at, row in _with_tokens(log, stage) if name in row.get(group, ())]
+    return np.array([at for at, _ in known], dtype=float), np.array([value for _, value in known], dtype=float)
 
 
-def _loads(log: Sequence[Mapping[str, Any]], experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) tokens and (n, E) loads of the router stages."""
-    rows = [(tokens, row.get("metrics", row).get("load")) for tokens, row in _with_tokens(log, "router")]
-    known = [(tokens, load) for tokens, load in rows if load is not None and len(load) == experts]
-    return np.array([r[0] for r in known], dtype=float), np.array([r[1] for r in known], dtype=float)
-
-
-def _with_tokens(log: Sequence[Mapping[str, Any]], stage: str) -> Iterator[tuple[float, Mapping[str, Any]]]:
+def _with_tokens(log: Log, stage: str) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """A stage's rows, each with the tokens read up to its end in all rounds: every round counts its own from zero."""
     before, last, current = 0.0, 0.0, None
-    for row in (row for row in log if row["stage"] == stage):
-        if row["round"] != current:  # each round's stage counts its own tokens from zero
-            before, current = before + last, row["round"]
-        last = float(row.get("tokens", row["step"]))
-        yield before + last, row
+    for row in log:
+        if row["stage"] == stage:
+            if row["round"] != current:
+                before, current = before + last, row["round"]
+            last = float(row["tokens"])
+            yield before + last, row
 
 
-def smooth(values: np.ndarray, share: float = 0.06) -> np.ndarray:
-    """Centred running mean over `share` of all points, narrower at both ends; NaN in the input stays out of it."""
-    half = max(1, round(share * len(values) / 2))
-    return np.array([np.nanmean(values[max(0, i - min(half, i)) : i + min(half, len(values) - 1 - i) + 1])
-                     for i in range(len(values))])  # fmt: skip
-
-
-def _draw_curves(axes: Any, lines: Sequence[tuple[np.ndarray, np.ndarray, str, str]], title: str) -> None:
-    """Raw steps pale, the running mean on top; labels beside the ends, moved apart where they would touch."""
-    for tokens, loss, colour, _ in lines:
+def _draw_curves(axes: Any, lines: Sequence[tuple[Curve, str, str]], title: str, dense: float | None = None) -> None:
+    """Single steps pale, the running mean bold."""
+    for (tokens, loss), colour, label in lines:
         axes.plot(tokens, loss, color=colour, alpha=0.22, linewidth=0.8)
-        axes.plot(tokens, smooth(loss), color=colour, linewidth=2, label=_)
+        axes.plot(tokens, smooth(loss), "o-" if len(loss) == 1 else "-", color=colour, linewidth=2, label=label)
     if len(lines) > 1:
         axes.legend(frameon=False, loc="upper right", handlelength=1.4)
-    if lines:
-        every = np.concatenate([loss for _, loss, _, _ in lines])
-        low, high = np.percentile(every, [0, 97])  # the first steps are far off and would flatten the rest
-        axes.set_ylim(low - 0.06 * (high - low) - 1e-3, high + 0.08 * (high - low) + 1e-3)
+    losses = np.concatenate([loss for (_, loss), *_ in lines])
+    low, high = np.percentile(losses, [0, 97])  # the first steps are far off and would flatten the rest
+    if dense is not None:
+        low, high = min(low, dense), max(high, dense)
+        axes.axhline(dense, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
+        _label(axes, "dense source, held out", (0, dense), ("axes fraction", "data"), (4, 3), size=8.5)
+    margin = 0.07 * (high - low) + 0.01
+    axes.set_ylim(low - margin, high + margin)
     _token_axis(axes, title)
 
 
-def _draw_loads(axes: Any, load: tuple[np.ndarray, np.ndarray], names: Sequence[str]) -> None:
+def _draw_loads(axes: Any, load: Curve, names: Sequence[str]) -> None:
     tokens, load_nE = load
-    smoothed = np.stack([smooth(column) for column in load_nE.T])
-    axes.stackplot(
-        tokens, smoothed, colors=[expert_colour(e) for e in range(len(names))], edgecolor="white", linewidth=0.4
-    )
+    smoothed_En = np.stack([smooth(column) for column in load_nE.T])
+    colours = [expert_colour(expert) for expert in range(len(names))]
+    axes.stackplot(tokens, smoothed_En, colors=colours, edgecolor="white", linewidth=0.4)
     axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=["0", "50 %", "100 %"])
-    _token_axis(axes, "Router's choices, share of tokens")
-    centres = smoothed[:, -1].cumsum() - smoothed[:, -1] / 2
-    for expert, y in enumerate(spread(centres, 1 / 17)):
-        label = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "size": 8, "color": INK}
-        axes.annotate(shorten(names[expert], 16), (1, y), xycoords="axes fraction", **label)
+    _token_axis(axes, "Router's choices")
+    centres = smoothed_En[:, -1].cumsum() - smoothed_En[:, -1] / 2
+    for name, y in zip(names, spread(centres, 1 / 17), strict=True):
+        _label(axes, shorten(name, 16), (1, y), "axes fraction", (5, 0), va="center", size=8)
+
+
+def smooth(values: np.ndarray, share: float = 0.06) -> np.ndarray:
+    """Running mean over `share` of all points: centred, so that the steep start stays; only backwards at the end."""
+    half = max(1, round(share * len(values) / 2))
+    return np.array([values[max(0, i - half) : i + min(half, i) + 1].mean() for i in range(len(values))])
 
 
 def spread(positions: np.ndarray, gap: float) -> np.ndarray:
-    """Increasing `positions` in [0, 1] moved apart to at least `gap`, each as little as a sweep up and one down need."""
+    """Increasing `positions` in [0, 1] moved apart to at least `gap`: pushed up, then down from the top."""
     moved = np.array(positions, dtype=float)
     gap = min(gap, 1 / max(1, len(moved)))
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gap)
-    moved[-1:] = np.minimum(moved[-1:], 1 - gap / 2)
-    for i in range(len(moved) - 2, -1, -1):
-        moved[i] = min(moved[i], moved[i + 1] - gap)
+    ceiling = 1 - gap / 2
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
     return moved
 
 
@@ -403,33 +385,30 @@ def _token_axis(axes: Any, title: str) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
 
 
-def _mark_rounds(axes: Any, log: Sequence[Mapping[str, Any]], stage: str) -> None:
-    starts: dict[Any, float] = {}
+def _mark_rounds(axes: Any, log: Log, stage: str) -> None:
+    starts: dict[int, float] = {}
     previous = 0.0
     for tokens, row in _with_tokens(log, stage):
         starts.setdefault(row["round"], previous)
         previous = tokens
     for number, start in list(starts.items())[1:]:
         axes.axvline(start, color=RULE, linewidth=1, zorder=0)
-        axes.annotate(f"round {number + 1}", (start, 0), xycoords=("data", "axes fraction"), xytext=(3, 3), size=8,
-                      textcoords="offset points", color=QUIET)  # fmt: skip
+        _label(axes, f"round {number + 1}", (start, 0), ("data", "axes fraction"), (3, 3), size=8, color=QUIET)
 
 
-def _curve_words(moe: np.ndarray, control: np.ndarray, dense: float | None) -> tuple[str, str]:
-    def end(values: np.ndarray) -> float:
-        return float(values[-max(1, len(values) // 10) :].mean())
-
+def _curve_words(moe: np.ndarray, control: np.ndarray) -> tuple[str, str]:
     subtitle = "Training batches, balanced over domains; pale: single steps, bold: running mean."
     if not len(moe):
         return "The router's training", subtitle
+    last = slice(-max(1, len(moe) // 10), None)
+    subtitle += " The end is the mean of the last tenth."
+    end = float(moe[last].mean())
     if not len(control):
-        return f"Healing ends at {nats(end(moe))} nats per token", subtitle
-    gap = end(moe) - end(control)
+        return f"Healing ends at {nats(end)} nats per token", subtitle
+    gap = end - float(control[last].mean())
     if abs(gap) < 5e-4:
-        verdict = "level with the pruned control"
-    else:
-        verdict = f"{nats(abs(gap))} nats {'below' if gap < 0 else 'above'} the pruned control"
-    return f"Healing ends {verdict}", f"{subtitle} The end is the mean of the last tenth of all steps."
+        return "Healing ends level with the pruned control", subtitle
+    return f"Healing ends {nats(abs(gap))} nats {'below' if gap < 0 else 'above'} the pruned control", subtitle
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
@@ -439,34 +418,33 @@ def _drawing(path: PathLike, width: float, height: float, title: str, subtitle: 
     try:
         from matplotlib import style
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plots") from error
-    titles, subtitles = textwrap.wrap(title, int(width / 0.118)), textwrap.wrap(subtitle, int(width / 0.082))
-    header = 0.16 + 0.25 * len(titles) + 0.19 * len(subtitles)
+    titles, subtitles = textwrap.wrap(title, int(width / 0.118)), textwrap.wrap(subtitle, int(width / 0.079))
+    below = 0.14 + 0.25 * len(titles)
+    total = height + below + 0.02 + 0.19 * len(subtitles)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(width, height + header), layout="constrained")
-        total = height + header
-        figure.get_layout_engine().set(rect=(0.005, 0.01, 0.985, height / total - 0.01), w_pad=0.08)
-        figure.text(
-            0.15 / width, 1 - 0.12 / total, "\n".join(titles), va="top", size=13, weight="bold", linespacing=1.3
-        )
-        below = 0.12 + 0.25 * len(titles) + 0.02
-        figure.text(0.15 / width, 1 - below / total, "\n".join(subtitles), va="top", color=QUIET, linespacing=1.3)
+        room = (0.005, 0.01, 0.985, height / total - 0.01)
+        figure = Figure(figsize=(width, total), layout=ConstrainedLayoutEngine(rect=room, w_pad=0.08))
+        heading: dict[str, Any] = {"va": "top", "linespacing": 1.3}
+        figure.text(0.15 / width, 1 - 0.12 / total, "\n".join(titles), size=13, weight="bold", **heading)
+        figure.text(0.15 / width, 1 - below / total, "\n".join(subtitles), color=QUIET, **heading)
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
 
 
-def _rectangle(corner: tuple[float, float], width: float, height: float, **options: Any) -> Any:
+def _label(axes: Any, text: str, at: Any, coordinates: Any, offset: tuple[float, float], **look: Any) -> None:
+    """`text` at a place given in `coordinates`, shifted by `offset` points."""
+    axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **look)
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float, **look: Any) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, width, height, **options)
+    return Rectangle(corner, width, height, **look)
 
 
 def _rgb(colour: str) -> tuple[float, ...]:
     return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
-def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """As many columns as fit `width` inches."""
-    return max(1, min(len(labels), int(width / (0.075 * max(map(len, labels)) + 0.45))))

@@ -16,7 +16,7 @@ from moesaic.experts.channel_blocks import BlockLayout
 from moesaic.files import atomic_write_json, atomic_write_text
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.refactor.extract import ownership
-from moesaic.refactor.machine import cpu_name
+from moesaic.refactor.machine import device_name
 from moesaic.refactor.quality import measure_bytes, measure_quality, measure_router
 from moesaic.refactor.report import receipt_markdown
 from moesaic.refactor.speed import measure_speed
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moesaic.refactor.pipeline import Refactoring
 
 FORMAT = 1
+SPEED_SECONDS = 20.0  # rounds of the speed measurement stop after this; benchmarks/speed.py takes longer
 
 
 def write_receipts(run: "Refactoring") -> dict[str, Any]:
@@ -61,7 +62,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "cpu": cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -114,7 +115,7 @@ def _speed(run: "Refactoring") -> dict[str, Any]:
     length = min(512, int(getattr(run.dense.config, "max_position_embeddings", 512) or 512) - 32)
     prompts = torch.cat([_rows(domain, length) for domain in run.domains])
     need = -(-32 // len(prompts))
-    return measure_speed(run.dense, run.healed, prompts.repeat(need, 1)[:32], prefill_tokens=length)
+    return measure_speed(run.dense, run.healed, prompts.repeat(need, 1)[:32], prefill_tokens=length, budget_s=SPEED_SECONDS)
 
 
 def _rows(domain: DomainTokens, length: int) -> torch.Tensor:

@@ -154,7 +154,8 @@ def _sizes(sizes: Mapping[str, Any] | None) -> str:
         return ""
     active = sizes["active_parameters"] / sizes["dense_parameters"]
     larger = ", so it is larger than its source," if sizes["ratio"] > 1 else ""
-    return f"It stores {percent(sizes['ratio'], 0)} of the source's bytes{larger} and uses {percent(active, 0)} of its parameters per token."
+    stored, used = percent(sizes["ratio"], 0), percent(active, 0)
+    return f"It stores {stored} of the source's bytes{larger} and uses {used} of its parameters per token."
 
 
 def _speed(speed: Mapping[str, Any] | None) -> str:
@@ -174,13 +175,14 @@ def _speed(speed: Mapping[str, Any] | None) -> str:
 # -- tables --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Table:
-    """Finished text: the first column is words, the others numbers; `bold` are (row, column) cells; `note` goes below."""
+    """Finished text: the first column words, the others numbers; (row, column) of cells in `bold`; a `note` below."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     bold: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
+    total: bool = False  # whether the last row sums the others up
 
 
 def tables(receipt: Receipt) -> list[Table]:
@@ -206,7 +208,7 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
         columns.append("moe − pruned")
         intervals = [*difference["per_domain"], [difference[key] for key in ("mean", "low", "high")]]
         for row, (mean, low, high) in zip(rows, intervals, strict=True):
-            row.append(f"{signed(mean)} ({signed(low)} to {signed(high)})")
+            row.append(f"{signed(mean)} ({signed(low)}, {signed(high)})")
     note = "; ".join(f"{name}: {VARIANTS[name]}" for name in shown)
     note += f". {quality['windows_per_domain']} held-out windows of {quality['sequence_length']} tokens per domain"
     note += f"; in brackets: {difference['method']}." if difference else "."
@@ -214,7 +216,7 @@ def _quality_table(quality: Mapping[str, Any]) -> Table:
         divergence = quality.get("kl", {})
         parts = [f"{name} {percent(share)} (KL {nats(divergence.get(name))} nats)" for name, share in similar.items()]
         note += f" Same most likely token as the dense source: {', '.join(parts)}."
-    return Table("Quality, nats per token", columns, rows, _best(rows, columns), note)
+    return Table("Quality, nats per token", columns, rows, _best(rows, columns), note, total=True)
 
 
 def _bits_table(quality: Mapping[str, Any]) -> Table:
@@ -246,16 +248,15 @@ def _router_table(router: Mapping[str, Any], experts: Sequence[str], domains: Se
         other = max(shares, key=lambda domain: shares[domain], default=None)
         most = f"{percent(shares[other])} of {shorten(other, 20)}" if other is not None else MISSING
         rows.append([name, percent(router["load"][expert]), percent(own), most])
-    notes = [
-        f"The router picks the expert that the dense model's activations favour for {percent(router['label_accuracy'])} of tokens"
-    ]
-    if "domain_accuracy" in router:
-        notes.append(f"its text's own domain for {percent(router['domain_accuracy'])}")
-    notes.append(f"and the expert of the token before for {percent(router['stay_probability'])}")
-    note = f"{', '.join(notes)}. Entropy of the load: {nats(router['entropy'], 2)} of at most {nats(router['max_entropy'], 2)} nats."
+    label, stay = percent(router["label_accuracy"]), percent(router["stay_probability"])
+    note = (
+        f"The router takes the expert that the dense model's activations favour for {label} of the tokens, and the "
+        f"expert of the token before for {stay}. "
+        f"Entropy of the load: {nats(router['entropy'], 2)} of at most {nats(router['max_entropy'], 2)} nats."
+    )
     if shared := router.get("layer_mutual_information"):
         note += (
-            f" Adjacent layers would choose alike: their labels share {nats(sum(shared) / len(shared), 2)} nats "
+            f" What the activations of one layer favour tells {nats(sum(shared) / len(shared), 2)} nats about the next "
             f"({nats(min(shared), 2)} to {nats(max(shared), 2)})."
         )
     return Table("Router", ["expert", "load", "takes of its domain", "takes most elsewhere"], rows, note=note)
@@ -279,8 +280,8 @@ def _bytes_table(sizes: Mapping[str, Any], layout: Mapping[str, Any] | None) -> 
         kept, shared, dropped = (sum(layout[key]) / total for key in ("widths", "shared", "dropped"))
         note = (
             f"FFN channels: {percent(kept)} of the source's are stored, {percent(shared)} serve all experts, "
-            f"{percent(dropped)} are dropped; {min(layout['blocks'])} to {max(layout['blocks'])} blocks per layer, of which "
-            f"an expert reads at most {max(layout['runs'])} unbroken runs."
+            f"{percent(dropped)} are dropped. A layer has at most {max(layout['blocks'])} blocks; an expert's lie in "
+            f"at most {max(layout['runs'])} unbroken runs."
         )
     return Table("Bytes", ["", "bytes", "of the source", "parameters", "active per token"], rows, note=note)
 
@@ -289,15 +290,15 @@ def _speed_table(speed: Mapping[str, Any]) -> Table:
     rows = []
     for cell in speed["cells"]:
         dense, moe, ratio = cell["dense"], cell["moe"], cell["ratio"]
-        spread = f"{times(ratio['median'])} ({times(ratio['min'])} to {times(ratio['max'])})"
-        limits = dict.fromkeys((dense["limit"], moe["limit"]))
+        spread = f"{times(ratio['median'])} ({ratio['min']:.2f}, {ratio['max']:.2f})"
         speeds = [amount(side["tokens_per_second"]) for side in (dense, moe)]
-        rows.append(
-            [cell["name"], *speeds, spread, percent(dense["share"], 0), percent(moe["share"], 0), " / ".join(limits)]
-        )
+        shares = f"{percent(dense['share'], 0)} / {percent(moe['share'], 0)}"
+        limits = dict.fromkeys((dense["limit"], moe["limit"]))
+        rows.append([cell["name"], *speeds, spread, shares, " / ".join(limits)])
     note = (
-        "Tokens per second, medians; ratio above 1: faster than dense (least to greatest round). Share of the floor: the "
-        "least time this machine needs for the same bytes and operations, over the time taken."
+        "Tokens per second, medians; a ratio above 1 is faster than dense (in brackets: the slowest and the fastest "
+        "round). Of floor, dense / moe: the least time in which this machine can read the bytes and do the operations "
+        "needed, over the time taken; limit: which of the two sets that floor."
     )
     if machine := speed.get("machine"):
         gemm = ", ".join(f"{amount(rate * 1e9)}FLOP/s {dtype}" for dtype, rate in machine["gemm_gflop_s"].items())
@@ -305,15 +306,17 @@ def _speed_table(speed: Mapping[str, Any]) -> Table:
         load = machine.get("load")
         if load is not None and load > machine["threads"]:
             note += f" It was busy with other work (load {load:.1f}), so trust the ratios more than the rates."
-    columns = ["", "dense tok/s", "moe tok/s", "ratio", "dense of floor", "moe of floor", "floor set by"]
+    columns = ["", "dense tok/s", "moe tok/s", "ratio", "of floor", "limit"]
     return Table("Speed", columns, rows, note=note)
 
 
 def facts(receipt: Receipt) -> list[tuple[str, str]]:
     """Model, settings and environment as one line each."""
     model = _part(receipt, "model")
-    shape = f"{model['name']}: {model['layers']} layers, width {model['hidden']}, FFN {model['ffn_width']}, {amount(model['vocabulary'])} tokens of vocabulary"
-    lines = [("Source", shape)]
+    shape = (
+        f"{model['layers']} layers, width {model['hidden']}, FFN {model['ffn_width']}, vocabulary {model['vocabulary']}"
+    )
+    lines = [("Source", f"{model['source'] or model['name']}: {shape}")]
     for title in ("settings", "environment"):
         if part := receipt.get(title):
             lines.append((title.capitalize(), ", ".join(f"{key} {value}" for key, value in _flat(part))))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Token = tuple[str, int]  # what the token adds to the text, and its expert
 
-# Okabe and Ito's seven, then five that stay apart from them, from each other and from grey under simulated protanopia,
-# deuteranopia (Machado et al., 2009) and tritanopia; the order is by how well the first few differ.
+# Okabe and Ito's seven, then five that stay apart from them and each other under simulated protanopia, deuteranopia
+# and tritanopia (Machado et al., 2009); tests/test_report.py measures it.
 PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9",
     "#F0E442", "#332288", "#7A4E10", "#9C70FF", "#A8EFC4", "#7A0A00",
@@ -69,7 +69,6 @@ def layout_tokens(tokens: Iterable[Token], columns: int, max_lines: int) -> list
     return pieces or [(0, 0, " ", 0)]
 
 
-
 def coloured_tokens(tokens: Sequence[Token], names: Sequence[str]) -> Text:
     """`tokens` (what each adds to the text, its expert) on their experts' colours, and below them who took what share.
 
@@ -114,14 +113,15 @@ def _rich_table(table: Table) -> RenderableType:
     grid = RichTable(
         title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for index, column in enumerate(table.columns):
-        if index == 0:
-            grid.add_column(column, overflow="ellipsis", no_wrap=True, max_width=24)
-        else:
-            grid.add_column(column, justify="right")
-    for i, row in enumerate(table.rows):
-        cells = [Text(visible(cell), style="bold green" if (i, j) in table.bold else "") for j, cell in enumerate(row)]
-        grid.add_row(*cells, end_section=i + 2 == len(table.rows) and table.rows[-1][0] == "average")
+    names = 18 if len(table.columns) > 7 else 24  # what fits 100 columns
+    grid.add_column(table.columns[0], no_wrap=True)
+    for column in table.columns[1:]:
+        grid.add_column(column, justify="right")
+    for i, (name, *numbers) in enumerate(table.rows, 1):
+        cells = [
+            Text(visible(cell), "bold green" if (i - 1, j) in table.bold else "") for j, cell in enumerate(numbers, 1)
+        ]
+        grid.add_row(Text(shorten(name, names)), *cells, end_section=i + 1 == len(table.rows) and table.total)
     return grid
 
 

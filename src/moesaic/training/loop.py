@@ -133,7 +133,8 @@ def make_accelerator() -> Any:
         from accelerate import Accelerator
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
-    accelerator = Accelerator()
+    # without cpu=True, two torchrun processes on a machine without a GPU would each believe to be alone
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise, and backward() would divide by it
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or precision == "fp16":
