@@ -1,4 +1,4 @@
-"""Speed of a refactored model against its dense source: `python benchmarks/speed.py --model wide --out results.json`."""
+"""Speed of a refactored model against its dense source: `python benchmarks/speed.py --model wide --out out.json`."""
 
 import argparse
 import json

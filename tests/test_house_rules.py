@@ -67,6 +67,8 @@ def eager(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def arguments(path: str, tree: ast.Module) -> Iterator[str]:
+    if path.startswith("cli/"):
+        return  # a command's arguments are its interface: typer makes the options from them
     for node in functions(tree):
         names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         count = len(names) - (names[:1] in (["self"], ["cls"]))

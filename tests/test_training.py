@@ -1,6 +1,6 @@
 """The loop equals plain torch, resumes bit for bit after a kill at any moment, and refuses what would mislead.
 
-Run as a script (`python test_training.py OUT OPTIMIZER STRIDE`) it is the driver that kills and resumes real processes.
+Run as a script it is the driver that kills and resumes real processes, or one process of several.
 """
 
 from __future__ import annotations
@@ -472,7 +472,39 @@ def test_load_newest_of_an_empty_folder(tmp_path: Path) -> None:
     assert load_newest(tmp_path, model, build_optimizers(make_stage(), model), {}) is None
 
 
-# ---- real kills
+# ---- other processes
+
+
+def script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    """Run this file as a program; returns what it printed."""
+    command = [sys.executable, *launcher, __file__, *arguments]
+    environment = os.environ | {"MOESAIC_PROGRESS": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """torchrun on the CPU, from different random starts, interrupted in step 5: the numbers of one process."""
+    script("linear", str(tmp_path / "one"))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    script("linear", str(tmp_path / "two"), launcher=launcher)
+    one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("one", "two"))
+    for key in ("step", "lr", "tokens", "loss", "grad_norm"):
+        assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-5)
+    left, right = (files.load_tensors(tmp_path / n / "state-8" / "parameters.safetensors") for n in ("one", "two"))
+    torch.testing.assert_close(left, right)
+
+
+def train_linear(workdir: Path) -> None:
+    """Eight steps of a linear model, interrupted once; with torchrun, each process starts elsewhere."""
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    model = nn.Linear(3, 1)
+    stage, loss_fn = Stage(name="linear", steps=8, lr=0.1, checkpoint_every=2), LinearLoss(model)
+    with pytest.raises(Stop):
+        train(stage, model, loss_fn, Rows(), workdir, callbacks=[stop_after(5)])
+    assert train(stage, model, loss_fn, Rows(), workdir).resumed_from == 4
 
 
 EVERY = pytest.param("adamw", 1, marks=pytest.mark.slow)
@@ -483,11 +515,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path: Path, optimizer: str, stride: 
     """SIGKILL before renames, syncs and deletions, and at random moments; every resumed run equals the whole one."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    command = [sys.executable, __file__, str(tmp_path), optimizer, str(stride)]
-    environment = os.environ | {"MOESAIC_PROGRESS": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(script("kills", str(tmp_path), optimizer, str(stride)).splitlines()[-1])
     assert report["different"] == []
     assert report["killed"] >= 60 // stride
     assert len(report["resumed_from"]) >= 4, "kills hit different states"
@@ -567,4 +595,8 @@ def drive(out: Path, optimizer: str, stride: int) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error", UserWarning)
-    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    match sys.argv[1:]:
+        case ["kills", out, optimizer, stride]:
+            drive(Path(out), optimizer, int(stride))
+        case ["linear", out]:
+            train_linear(Path(out))

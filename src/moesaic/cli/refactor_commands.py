@@ -1,6 +1,7 @@
 """demo, refactor, profile: from a dense model to a refactored one with receipts."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,7 +156,7 @@ def _run(
 
     from moesaic.refactor.terminal import receipt_tables
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     for table in receipt_tables(receipt):
         console.print(table)
     folder = out / "receipts"

@@ -149,12 +149,16 @@ def token_strips(
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text each token adds. Decoding prefixes keeps leading spaces, which decoding single tokens may drop."""
+    """The text each token adds. Decoding prefixes keeps leading spaces, which decoding single tokens may drop.
+
+    A character spread over several byte tokens belongs to the token that completes it.
+    """
     texts, before = [], ""
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts.append(whole[len(before) :] if whole.startswith(before) else whole[-1:])
-        before = whole
+        complete = whole.rstrip("\ufffd") if end < len(ids) else whole
+        texts.append(complete[len(before) :])
+        before = max(before, complete, key=len)
     return texts
 
 
@@ -169,7 +173,9 @@ def _pictures(run: "Refactoring", receipt: dict[str, Any], folder: Path) -> list
         figures.channel_ownership([mask.numpy() for mask in run.masks], run.names, folder / "channel_ownership.png")
         strips = token_strips(run.healed, run.tokenizer, run.domains)
         figures.token_strip(strips, run.names, folder / "token_strip.png")
-        figures.loss_curves(heal_log(run.work / "heal", rounds), run.names, folder / "loss_curves.png", control)
+        level = receipt["quality"]["average"]["dense"]
+        log = heal_log(run.work / "heal", rounds)
+        figures.loss_curves(log, run.names, folder / "loss_curves.png", control, dense=level)
     except MissingExtraError:
         return []
     return ["expert_domain.png", "channel_ownership.png", "token_strip.png", "loss_curves.png"]

@@ -48,6 +48,7 @@ class Work:
     weight_bytes: float  # weights to be read, each once
     cache_bytes: float  # keys and values to be read, each once
     flops: float  # 2 per weight and token, plus attention's
+    experts: float | None = None  # distinct ones among the tokens; None for a model without routes
 
     def floor(self, read_gb_s: float, gemm_gflop_s: float) -> tuple[float, str]:
         """Seconds that no implementation on this machine can beat, and what sets them: "bandwidth" or "gemm"."""
@@ -73,7 +74,8 @@ def measure_speed(
     The two take turns inside every round and swap who goes first, so that whatever else the machine does hits both.
     Decode feeds the text's own next token, so that both models, and the routes, see real text at every step.
 
-    prompt_ids:     (B, S) int64, B >= the largest batch; different rows are used in different rounds.
+    prompt_ids:     (B, S) int64, B >= the largest batch. Rows are shuffled, so that a batch mixes kinds of text, and
+                    different rows are used in different rounds. A small S shortens the prefill and the context.
     rounds:         at most; no new round begins after `budget_s` seconds, but one is always made.
 
     Returns a JSON-able dict. Times are medians over all forwards of all rounds; a ratio is tokens/s of `moe` over
@@ -81,13 +83,7 @@ def measure_speed(
 
     Raises MoesaicError if `prompt_ids` is too small.
     """
-    cells = [
-        Cell("prefill", 1, prefill_tokens, 0, PREFILL_REPEATS),
-        *(Cell("decode", batch, 1, decode_context, decode_steps) for batch in batches),
-    ]
-    needed = (max(batches), max(prefill_tokens, decode_context + decode_steps))
-    if prompt_ids.ndim != 2 or prompt_ids.shape[0] < needed[0] or prompt_ids.shape[1] < needed[1]:
-        raise MoesaicError(f"prompt_ids has shape {tuple(prompt_ids.shape)}, but at least {needed} tokens are needed")
+    cells = _cells(prompt_ids, prefill_tokens, decode_context, decode_steps, batches)
     parameter = next(dense.parameters())
     runner = _Runner({"dense": dense, "moe": moe}, prompt_ids.to(parameter.device))
     with _undisturbed(dense, moe), Progress("speed", total=rounds, unit="rounds") as progress:
@@ -105,14 +101,24 @@ def measure_speed(
                 break
     rows = [_row(cell, {side: times[cell, side] for side in SIDES}, works, machine) for cell in cells]
     settings = {
-        "prefill_tokens": prefill_tokens,
-        "decode_context": decode_context,
+        "prefill_tokens": cells[0].length,
+        "decode_context": cells[-1].context,
         "decode_steps": decode_steps,
         "batches": list(batches),
         "rounds": len(times[cells[0], "dense"]),
         "dtype": str(parameter.dtype).removeprefix("torch."),
     }
     return {"verdict": verdict(rows), "cells": rows, "machine": machine.to_dict(), "settings": settings}
+
+
+def _cells(ids_BS: Tensor, prefill: int, context: int, steps: int, batches: Sequence[int]) -> list[Cell]:
+    if ids_BS.ndim != 2 or ids_BS.shape[0] < max(batches) or ids_BS.shape[1] <= steps:
+        raise MoesaicError(
+            f"prompt_ids has shape {tuple(ids_BS.shape)}; at least {max(batches)} rows of {steps + 1} tokens are needed"
+        )
+    length = ids_BS.shape[1]
+    decode = [Cell("decode", batch, 1, min(context, length - steps), steps) for batch in batches]
+    return [Cell("prefill", 1, min(prefill, length), 0, PREFILL_REPEATS), *decode]
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -155,7 +161,7 @@ def least_work(
         flops += sum(2 * used * p.numel() for p in own if p.ndim > 1)
     keys_seen = batch * (length * context + length * (length + 1) / 2)
     flops += 4 * keys_seen * _attention_width(model)
-    return Work(weight_bytes, _cache_bytes(cache), flops)
+    return Work(weight_bytes, _cache_bytes(cache), flops, None if expert_N is None else len(expert_N.unique()))
 
 
 def channel_shares(blocks: ChannelBlocks, expert_N: Tensor) -> tuple[float, float]:
@@ -189,7 +195,8 @@ class _Runner:
     """Runs cells on both models; keeps prefilled caches so that later rounds need not build them again."""
 
     def __init__(self, models: dict[str, nn.Module], prompt_ids: Tensor) -> None:
-        self.models, self.prompts, self.device = models, prompt_ids, prompt_ids.device
+        order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(0))
+        self.models, self.prompts, self.device = models, prompt_ids[order.to(prompt_ids.device)], prompt_ids.device
         self._caches: dict[tuple[str, int, int], Any] = {}
         # As generate() does: only the last token's logits are computed.
         self._options = {
@@ -199,7 +206,7 @@ class _Runner:
 
     def work(self, cell: Cell, side: str) -> Work:
         """The mean least work of the cell's forwards in round 0; serves as warm-up too."""
-        model, total = self.models[side], []
+        model, works = self.models[side], []
         cache = self._cache(cell, side, 0)
         for step in range(1 if cell.kind == "prefill" else cell.forwards):
             ids = self._ids(cell, 0, step)
@@ -207,10 +214,10 @@ class _Runner:
             cache = out.past_key_values
             expert = getattr(out, "expert_index", None)
             read = cache if cell.kind == "decode" else None
-            total.append(
-                least_work(model, ids, None if expert is None else expert.flatten(), cell.context + step, read)
-            )
-        return Work(*(statistics.fmean(values) for values in zip(*(asdict(w).values() for w in total), strict=True)))
+            expert_N = None if expert is None else expert.flatten()
+            works.append(least_work(model, ids, expert_N, cell.context + step, read))
+        columns = zip(*(vars(work).values() for work in works), strict=True)
+        return Work(*(None if None in column else statistics.fmean(column) for column in columns))
 
     def seconds(self, cell: Cell, side: str, number: int) -> list[float]:
         """Seconds of each of the cell's forwards in round `number`."""
@@ -297,5 +304,5 @@ def _side(cell: Cell, seconds: float, work: Work, machine: Machine) -> dict[str,
         "share": floor / seconds,
         "limit": limit,
         "read_gb_s": read,
-        **asdict(work),
+        **{key: value for key, value in asdict(work).items() if value is not None},
     }

@@ -189,6 +189,7 @@ class _Trainer:
         accelerator.wait_for_everyone()
         seed_rng(self.stage.seed + accelerator.process_index)
         position = load_newest(self.workdir, self.model, self.optimizers, settings, accelerator.process_index)
+        accelerator.wait_for_everyone()  # all have read before anything is pruned
         if position is None:
             position = Position()
             self._share_start()
