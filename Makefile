@@ -38,10 +38,10 @@ format: $(VENV)/.test ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test ## run every benchmarks/bench_*.py, one after another
-	@set -e; for file in benchmarks/bench_*.py; do \
-		[ -e "$$file" ] || { echo "no benchmarks/bench_*.py yet"; exit 0; }; \
-		echo "== $$file"; $(BIN)/python "$$file"; done
+bench: $(VENV)/.test ## measure the README's numbers: quality over three seeds, recipes, speed
+	$(BIN)/python benchmarks/quality.py --out benchmarks/results/quality.json
+	$(BIN)/python benchmarks/quality.py --recipes --seeds 1 --out benchmarks/results/recipes.json
+	$(BIN)/python benchmarks/speed.py --model wide --out benchmarks/results/speed-wide.json
 
 clean: ## remove caches and build products, keep .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -57,7 +57,9 @@ def interval(values: list[float]) -> list[float]:
 
 def summarise(receipts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the targets ask for, over the seeds of one recipe."""
-    average = {name: interval([r["quality"]["average"][name] for r in receipts]) for name in receipts[0]["quality"]["nats"]}
+    average = {
+        name: interval([r["quality"]["average"][name] for r in receipts]) for name in receipts[0]["quality"]["nats"]
+    }
 
     def difference(a: str, b: str) -> list[float]:
         return interval([r["quality"]["average"][a] - r["quality"]["average"][b] for r in receipts])
@@ -87,7 +89,17 @@ def summarise(receipts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(console: Console, results: dict[str, dict[str, Any]]) -> None:
     """One row a recipe."""
-    table = Table("recipe", "dense", "moe", "pruned", "moe - oracle", "random - moe", "pruned - moe [95 %]", "gap share")
+    table = Table(
+        "recipe",
+        "dense",
+        "moe",
+        "pruned",
+        "moe - oracle",
+        "random - moe",
+        "pruned - moe [95 %]",
+        "better in",
+        "gap share",
+    )
     for name, row in results.items():
         mean = {key: value[0] for key, value in row["average_nats"].items()}
         low, high = row["pruned_minus_moe"][1:]
@@ -96,7 +108,8 @@ def show(console: Console, results: dict[str, dict[str, Any]]) -> None:
             *(f"{mean[key]:.3f}" for key in ("dense", "moe", "pruned")),
             f"{row['moe_minus_oracle'][0]:+.4f}",
             f"{row['random_minus_moe'][0]:+.3f}",
-            f"{row['pruned_minus_moe'][0]:+.4f} [{low:+.4f}, {high:+.4f}], {row['better_domains']}/{row['domains']} domains",
+            f"{row['pruned_minus_moe'][0]:+.4f} [{low:+.4f}, {high:+.4f}]",
+            f"{row['better_domains']}/{row['domains']}",
             "-" if row["gap_share"] is None else f"{row['gap_share'][0]:.2f}",
         )
     console.print(table)

@@ -172,9 +172,8 @@ def main() -> None:
         first, INSTALLED_SHARE * size / size[first].sum(), rest_share * size / max(1e-9, size[~first].sum())
     )
     batches = TokenBatches(tuple(streams), args.batch, args.length, seed=0, weights=tuple(weights))
-    for domain, stream, weight in zip(domains, streams, weights, strict=True):
-        print(f"{stream.name:14s} train {len(stream.train):9,d} tokens  validation {len(stream.validation):8,d}  "
-              f"{stream.bytes_per_token:.2f} bytes/token  weight {weight:.3f}  documents {len(domain.train)}", flush=True)  # fmt: skip
+    for stream, weight in zip(streams, weights, strict=True):
+        print(f"{stream.name:14s} {len(stream.train):9,d} train tokens  weight {weight:.3f}", flush=True)
 
     model = LlamaForCausalLM(pocket_config())
     opts = optimizers(model, args.lr)
@@ -215,7 +214,7 @@ def main() -> None:
         "seconds_of_last_run": round(seconds),
         "torch": torch.__version__,
         "domains": [
-            {"name": s.name, "documents": len(d.train), "train_tokens": len(s.train), "sampling_weight": round(float(w), 4),
+            {"name": s.name, "documents": len(d.train), "train_tokens": len(s.train), "weight": round(float(w), 4),
              "held_out_documents": len(d.validation), **losses[s.name]}
             for d, s, w in zip(domains, streams, weights, strict=True)
         ],

@@ -1,6 +1,7 @@
 """Channel blocks: the layout is exact, and every compute path equals a loop over tokens, gradients included."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_runs_are_maximal_and_match_the_mask(mask):
     layout, _ = layout_from_masks(mask)
     for expert in range(layout.experts):
         runs = layout.runs(expert)
-        assert all(a[1] < b[0] for a, b in zip(runs, runs[1:], strict=False)), "adjacent runs should be one"
+        assert all(a[1] < b[0] for a, b in pairwise(runs)), "adjacent runs should be one"
         covered = torch.zeros(layout.width, dtype=torch.bool)
         for start, stop in runs:
             covered[start:stop] = True

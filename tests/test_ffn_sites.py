@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from families import FAMILIES, tiny
 from torch import nn
 
+from families import FAMILIES, tiny
 from moesaic.errors import MoesaicError
 from moesaic.models.attach import attach
 from moesaic.models.ffn_sites import FFNSite, capture_activations, find_ffn_sites, get_ffn_weights

@@ -1,4 +1,4 @@
-"""A refactored model is a Hugging Face model: Auto classes, generate, Trainer, checkpointing, padding, caches, lm-eval."""
+"""A refactored model is a Hugging Face model: Auto classes, generate, Trainer, padding, caches, lm-eval."""
 
 import copy
 import json
@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from families import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 import moesaic
+from families import tiny
 from moesaic.errors import MoesaicError
 from moesaic.models.attach import attach
 from moesaic.models.checkpoint import MANIFEST
@@ -129,7 +129,7 @@ def test_newer_format_is_refused(moe, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["moesaic_format"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MoesaicError, match="format 99.*update moesaic"):
+    with pytest.raises(MoesaicError, match=r"format 99.*update moesaic"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

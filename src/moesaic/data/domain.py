@@ -35,9 +35,17 @@ def split_documents(name: str, documents: Iterable[str], validation_share: float
     A document is held out when its SHA-256, read as a fraction, falls below `validation_share`; if that leaves a side
     empty (few documents), the document with the lowest or highest hash is moved.
 
-    Raises MoesaicError if fewer than two distinct non-empty documents are given.
+    Raises MoesaicError if fewer than two distinct non-empty documents are given, or one that cannot be UTF-8.
     """
-    unique = sorted({text for text in documents if text.strip()}, key=_rank)
+    if isinstance(documents, str):
+        raise MoesaicError(f"domain {name!r} is one string; expected a list of documents")
+    try:
+        unique = sorted({text for text in documents if text.strip()}, key=_rank)
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no UTF-8 text contains
+        raise MoesaicError(
+            f"domain {name!r} has a document that is not Unicode text ({error.reason} at character {error.start}); "
+            "remove or mend it"
+        ) from None
     if len(unique) < MIN_DOCUMENTS:
         raise MoesaicError(
             f"domain {name!r} has {len(unique)} non-empty document(s); at least {MIN_DOCUMENTS} are needed, so that "

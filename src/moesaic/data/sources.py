@@ -58,11 +58,13 @@ def _jsonl(path: Path) -> Iterator[str]:
 def _blank_line_documents(text: str, at_least: int = 2_000) -> Iterator[str]:
     """Cut one long text at blank lines into documents of at least `at_least` characters."""
     piece: list[str] = []
+    size = 0
     for paragraph in text.split("\n\n"):
         piece.append(paragraph)
-        if sum(map(len, piece)) >= at_least:
+        size += len(paragraph)
+        if size >= at_least:
             yield "\n\n".join(piece)
-            piece = []
+            piece, size = [], 0
     if piece:
         yield "\n\n".join(piece)
 

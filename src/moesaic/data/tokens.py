@@ -33,7 +33,12 @@ class DomainTokens:
     bytes_per_token: float  # of the validation text: turns nats per token into bits per byte
 
     def windows(self, length: int, limit: int, split: str = "validation") -> torch.Tensor:
-        """At most `limit` evenly spaced, non-overlapping windows, (n, length) int64."""
+        """At most `limit` evenly spaced, non-overlapping windows, (n, length) int64.
+
+        Raises MoesaicError if the split is shorter than one window.
+        """
+        if limit < 1 or length < 2:
+            raise MoesaicError(f"{limit} windows of {length} tokens: at least one window of two tokens is needed")
         stream = getattr(self, split)
         count = len(stream) // length
         if count == 0:

@@ -37,6 +37,11 @@ class ChannelBlocks(nn.Module):
                      therefore the transpose of the dense down projection. `gate` is None for plain FFNs.
     """
 
+    gate: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
     def __init__(
         self,
         layout: BlockLayout,

@@ -8,7 +8,7 @@ packed    as grouped, on a contiguous copy of the expert. For small experts, whe
 Shapes: N tokens, W stored channels, D model width, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -86,12 +86,9 @@ def grouped(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tenso
     """Each expert's runs, straight from the stored blocks."""
 
     def run(expert: int, x: Tensor) -> Tensor:
-        out = None
+        out = torch.zeros_like(x)
         for start, stop in blocks.layout.runs(expert):
-            hidden = blocks.activate(x, *blocks.rows(start, stop))
-            part = hidden @ blocks.down[start:stop]
-            out = part if out is None else out.add_(part)
-        assert out is not None
+            out.addmm_(blocks.activate(x, *blocks.rows(start, stop)), blocks.down[start:stop])
         return out
 
     return blocks.finish(_by_expert(x_ND, groups, run))
@@ -115,11 +112,11 @@ def grouped_autograd(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups)
     """As grouped, for training untied experts: parameters are split once, so each gradient is written once."""
     widths = [block.width for block in blocks.layout.blocks]
 
-    def pieces(parameter: Tensor | None) -> list[Tensor] | list[None]:
-        return [None] * len(widths) if parameter is None else list(parameter.split(widths))
+    def pieces(parameter: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(widths) if parameter is None else parameter.split(widths)
 
-    gate, up, down = pieces(blocks.gate), pieces(blocks.up), pieces(blocks.down)
-    gate_bias, up_bias = pieces(blocks.gate_bias), pieces(blocks.up_bias)
+    gate, gate_bias, up_bias = map(pieces, (blocks.gate, blocks.gate_bias, blocks.up_bias))
+    up, down = blocks.up.split(widths), blocks.down.split(widths)
     owned = [[i for i, b in enumerate(blocks.layout.blocks) if e in b.owners] for e in range(blocks.layout.experts)]
 
     def run(expert: int, x: Tensor) -> Tensor:

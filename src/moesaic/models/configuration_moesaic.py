@@ -43,7 +43,7 @@ class MoesaicConfig(PreTrainedConfig):
             )
         if isinstance(base_config, dict):
             base_config = AutoConfig.for_model(**base_config)
-        self.base_config = base_config
+        self.base_config: Any = base_config  # a PreTrainedConfig; None only in an empty config
         self.sites = sites or []
         self.layouts = layouts or []
         self.pregate = pregate

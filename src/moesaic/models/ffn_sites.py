@@ -67,8 +67,8 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _weight(module: nn.Module) -> Tensor:
     """Oriented (out, in)."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
+    assert isinstance(module.weight, Tensor)
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def get_ffn_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
@@ -166,8 +166,8 @@ def _find_in_layer(layer: nn.Module, path: str, hidden: int) -> FFNSite:
             reasons.append(f"{place}: {reason}")
     if _is_mixture(layer):
         raise MoesaicError(
-            f"{path} is a mixture of experts already; moesaic refactors dense models. (Pre-gates for existing mixtures are "
-            "distilled, not refactored.)"
+            f"{path} is a mixture of experts already; moesaic refactors dense models. (For existing mixtures a "
+            "pre-gate is distilled, nothing is refactored.)"
         )
     children = ", ".join(f"{n} {_linear_shape(m)}" for n, m in layer.named_modules() if _linear_shape(m))
     raise MoesaicError(
@@ -187,7 +187,7 @@ def _activation_name(module: nn.Module) -> str | None:
     """The attribute that holds the activation function: a callable called *act* or *gelu*."""
     for name in (*module._modules, *vars(module)):
         value = getattr(module, name, None)
-        if callable(value) and ("act" in name or "gelu" in name) and _linear_shape(value) is None:  # type: ignore[arg-type]
+        if callable(value) and ("act" in name or "gelu" in name) and _linear_shape(value) is None:
             return name
     return None
 
@@ -258,7 +258,5 @@ def _refute(module: nn.Module, site: FFNSite) -> str | None:
     layout, order = layout_from_masks(torch.ones(1, site.width, dtype=torch.bool))
     blocks = build_blocks(module, local, layout).to(weight).eval()
     blocks.load_dense(get_ffn_weights(module, local), order)
-    error = float((blocks(x).float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-6))
-    return None if error < TOLERANCE else f"our computation differs by {error:.1%}"
-
-
+    difference = (blocks(x).float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-6)
+    return None if difference < TOLERANCE else f"our computation differs by {float(difference):.1%}"

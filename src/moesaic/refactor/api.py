@@ -1,5 +1,6 @@
 """The Python front door: five lines from a dense model to receipts."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def prepare(
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise MoesaicError("pass tokenizer= together with a model object")
-        dense, dtype, source = model.float(), model.dtype, getattr(model, "name_or_path", "")
+        dtype, source = model.dtype, getattr(model, "name_or_path", "")
+        dense = model if dtype == torch.float32 else copy.deepcopy(model).float()  # the caller's model stays as it is
     else:
         dense, dtype, source = load_model(model), stored_dtype(model), str(model)
         tokenizer = tokenizer or load_tokenizer(model)
@@ -110,7 +112,7 @@ def evaluate(
     length: int = 256,
     max_bytes: int | None = 4_000_000,
 ) -> dict[str, dict[str, float]]:
-    """Held-out nats per token and bits per byte of each domain, for a dense or a moesaic model."""
+    """Held-out nats per token and bits per byte of each domain, for a dense or a moesaic model, in eval mode."""
     import math
 
     from moesaic.data.tokens import tokenize_domains
@@ -120,6 +122,9 @@ def evaluate(
     if not isinstance(model, PreTrainedModel):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_model(model)
+    if tokenizer is None:
+        raise MoesaicError("pass tokenizer= together with a model object")
+    model.eval()
     result = {}
     streams = tokenize_domains(as_domains(domains, max_bytes), tokenizer)
     for stream in track(streams, "evaluate", unit="domains"):

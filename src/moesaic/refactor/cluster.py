@@ -28,9 +28,10 @@ def signatures(
     for ids in track(windows.split(batch_size), "signatures", unit="batches"):
         parts: list[Tensor] = [torch.empty(0)] * len(sites)
 
-        def record(activation: Tensor, layer: int, parts: list[Tensor] = parts) -> None:
-            mean = activation.abs().float().mean(1).cpu()
-            mean = (mean / mean.mean(1, keepdim=True)).add(1e-3).log()
+        def record(activation: Tensor, layer: int, parts: list[Tensor] = parts, rows_in_batch: int = len(ids)) -> None:
+            size_BSW = activation.abs().float().view(rows_in_batch, -1, activation.shape[-1])  # OPT flattens B and S
+            mean = size_BSW.mean(1).cpu()
+            mean = (mean / mean.mean(1, keepdim=True).clamp_min(1e-12)).add(1e-3).log()
             parts[layer] = mean @ projections[layer]
 
         with capture_activations(model, sites, record):

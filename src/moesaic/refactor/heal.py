@@ -8,7 +8,7 @@ frozen dense teacher. Steps and learning rates follow the token budget and the m
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from moesaic.data.tokens import DomainTokens, TokenBatches
 from moesaic.errors import MoesaicError
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.refactor.pregate import OverlapTeacher, RouterLoss, router_step
+from moesaic.refactor.profile import padded_inputs
 from moesaic.training.loop import train
 from moesaic.training.schedule import Stage
 
@@ -35,7 +36,7 @@ class HealConfig:
     batch_size: int = 8
     length: int = 256
     router_steps_ratio: float = 0.5  # router steps per expert step (the paper: 100 to 200)
-    router_lr: float | None = None  # None: 5e-4 * 4096 / width, at most 5e-3
+    router_lr: float | None = None  # None: 5e-4 * 512 / the pre-gate's width, at most 5e-3
     expert_lr: float | None = None  # None: 5e-5 * 4096 / width, at most 2e-3
     router_loss: RouterLoss = "overlap"
     load_penalty: float = 0.0  # coefficient of the load-balancing loss in the router stage
@@ -45,6 +46,10 @@ class HealConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.length < 2:
+            raise MoesaicError(f"batches of {self.batch_size} x {self.length} tokens: at least 1 x 2 are needed")
+        if self.router_loss not in get_args(RouterLoss):
+            raise MoesaicError(f"router_loss = {self.router_loss!r}: expected one of {', '.join(get_args(RouterLoss))}")
         if self.rounds < 1 or self.tokens < self.rounds * self.batch_size * self.length:
             raise MoesaicError(
                 f"{self.tokens} healing tokens in {self.rounds} rounds is less than one step a round of "
@@ -107,8 +112,10 @@ class HealConfig:
 
 
 def next_token_loss(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of token t+1 given tokens <= t, padding excluded, nats."""
-    target = ids_BS[:, 1:] if mask_BS is None else ids_BS[:, 1:].masked_fill(mask_BS[:, 1:] == 0, -100)
+    """Mean cross-entropy of token t+1 given tokens <= t, padding on either side excluded, nats."""
+    target = ids_BS[:, 1:]
+    if mask_BS is not None:  # the first token after left padding has nothing to be predicted from
+        target = target.masked_fill((mask_BS[:, 1:] * mask_BS[:, :-1]) == 0, -100)
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), target.flatten())
 
 
@@ -132,7 +139,7 @@ def expert_step(
         result: dict[str, Any] = {"lm": next_token_loss(out.logits, ids, mask)}
         if distil:
             with torch.no_grad():
-                teacher = dense(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                teacher = dense(**padded_inputs(dense, ids, mask)).logits
             result["distillation"] = distillation_loss(out.logits, teacher, mask)
         result["load"] = expert_load(out.expert_index.flatten(), experts).tolist()
         return result

@@ -5,7 +5,8 @@ A stage that finds its result does not run again, so an interrupted run continue
 
 import hashlib
 import json
-import shutil
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.data.domain import Domain
-from moesaic.data.tokens import DomainTokens, Tokenizer, tokenize_domains
+from moesaic.data.tokens import DomainTokens, TokenBatches, Tokenizer, tokenize_domains
 from moesaic.errors import MoesaicError
-from moesaic.files import atomic_write_json, load_tensors, save_tensors
+from moesaic.files import (
+    TEMPORARY,
+    atomic_write_json,
+    clean_leftovers,
+    load_tensors,
+    remove_directory,
+    save_tensors,
+    storage_errors,
+)
 from moesaic.models.attach import attach
+from moesaic.models.ffn_sites import find_ffn_sites
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.refactor.cluster import cluster_domains
 from moesaic.refactor.extract import extract, extract_pruned, ownership
@@ -38,7 +48,10 @@ class Refactoring:
     dtype:      what the refactored weights are stored in.
     source:     where the model came from, for the receipt.
 
-    Raises MoesaicError if `out` holds a run with other settings, model or data (use `restart` or another folder).
+    restart:    drop an earlier run in `out`.
+
+    Raises MoesaicError for input that cannot work, or if `out` holds a run with other settings, model or data (use
+    `restart` or another folder). Nothing is written before the first stage has a result.
     """
 
     def __init__(
@@ -55,29 +68,61 @@ class Refactoring:
     ) -> None:
         self.dense, self.tokenizer, self.out, self.dtype, self.source = dense.eval(), tokenizer, out, dtype, source
         self.config = config or RefactorConfig()
-        self.config.check(len(self._layers()), len(domains))
+        self.config.check(len(find_ffn_sites(dense)), len(domains))
         self.labelled = tokenize_domains(domains, tokenizer)
         self.work = out / "work"
-        if restart and self.work.exists():
-            shutil.rmtree(self.work)
-        self._claim_folder()
-
-    def _layers(self) -> range:
-        return range(self.dense.config.get_text_config(decoder=True).num_hidden_layers)
-
-    def _claim_folder(self) -> None:
-        """Write this run's identity, or compare with the one that is there."""
-        identity = {
+        self._check_data()
+        self._check_folder()
+        self.identity = {
             "model": model_fingerprint(self.dense),
             "data": data_fingerprint(self.labelled),
             "settings": json.loads(json.dumps(self.config.to_dict())),
         }
+        if restart and (self.work / "run.json").exists():
+            for folder in (out / "receipts", self.work):  # the run's identity goes last
+                if folder.exists():
+                    remove_directory(folder)
+        self._compare_identity()
+
+    def _check_data(self) -> None:
+        """Raises MoesaicError for what a later stage would stumble over."""
+        heal = self.config.heal
+        vocabulary = self.dense.config.get_text_config(decoder=True).vocab_size
+        for domain in self.labelled:
+            highest = int(max(domain.train.max(initial=0), domain.validation.max(initial=0)))
+            if highest >= vocabulary:
+                raise MoesaicError(
+                    f"the tokenizer gives id {highest}, but the model has {vocabulary} tokens: they do not belong "
+                    "together"
+                )
+            domain.windows(heal.length, 1)
+        TokenBatches(tuple(self.labelled), heal.batch_size, heal.length)
+
+    def _check_folder(self) -> None:
+        """Raises MoesaicError if nothing can be written to `out`; removes what killed writers left there."""
+        nearest = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise MoesaicError(
+                f"{self.out} cannot be written to: {nearest} is no writable folder; choose another --out"
+            )
+        for folder in (self.out, self.work, self.out / "receipts"):
+            clean_leftovers(folder)
+
+    def _claim_folder(self) -> None:
+        """Write this run's identity, just before its first result."""
         path = self.work / "run.json"
         if not path.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(path, identity)
+            atomic_write_json(path, self.identity)
+
+    def _compare_identity(self) -> None:
+        """Raises MoesaicError if another run is in `out`."""
+        path, identity = self.work / "run.json", self.identity
+        if not path.exists():
             return
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except ValueError:
+            raise MoesaicError(f"{path} is damaged; start over with --restart, or choose another --out") from None
         if changed := [key for key in identity if before.get(key) != identity[key]]:
             raise MoesaicError(
                 f"{self.out} holds a run with different {' and '.join(changed)}; continue it with the same ones, start "
@@ -107,6 +152,7 @@ class Refactoring:
             return Profile.load(path, self.names)
         length = min(self.config.heal.length, min(len(d.train) for d in self.domains) // 2)
         result = profile(self.dense, self.domains, tokens_per_domain=self.config.profile_tokens, length=length)
+        self._claim_folder()
         result.save(path)
         atomic_write_json(self.work / "coverage.json", result.coverage())
         return result
@@ -171,8 +217,16 @@ class Refactoring:
         stored = deepcopy(model)
         stored.backbone.to(self.dtype)
         stored.config.dtype = self.dtype
+        with (
+            storage_errors(self.out),
+            tempfile.TemporaryDirectory(dir=self.work, prefix=f".tokenizer{TEMPORARY}") as name,
+        ):
+            self.tokenizer.save_pretrained(name)
+            for file in (path for path in Path(name).rglob("*") if path.is_file()):
+                target = self.out / file.relative_to(name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
         stored.save_pretrained(self.out)
-        self.tokenizer.save_pretrained(self.out)
 
     def run(self, until: str = STAGES[-1]) -> dict[str, Any] | None:
         """Run all stages up to and including `until`; returns the receipt if that is the last one."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moesaic.balance.load_balance import expert_load, load_balancing_loss
 from moesaic.models.ffn_sites import capture_activations, find_ffn_sites
+from moesaic.refactor.profile import padded_inputs
 from moesaic.routing.pregate import PreGate
 
 RouterLoss = Literal["overlap", "kl", "domain"]
@@ -59,7 +60,7 @@ class OverlapTeacher:
             result[layer] = SHARPNESS * (distance - distance.mean())
 
         with capture_activations(self.dense, self.sites, record):
-            self.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+            self.model(**padded_inputs(self.model, ids_BS, mask_BS))
         return torch.stack(result)
 
 

@@ -4,13 +4,14 @@ The statistic is taken at the input of every down projection, a = act(gate x) * 
 Shapes: G domains, W channels of a layer, N tokens.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.data.tokens import DomainTokens
@@ -18,6 +19,7 @@ from moesaic.errors import MoesaicError
 from moesaic.files import load_tensors, save_tensors
 from moesaic.models.ffn_sites import capture_activations, find_ffn_sites, get_ffn_weights
 from moesaic.progress import track
+from moesaic.routing.pregate import positions
 
 Importance = Literal["magnitude", "contribution"]
 THIN_TOKENS_PER_CHANNEL = 8  # fewer profiled tokens than this times the FFN width: the top-k is mostly noise
@@ -91,8 +93,21 @@ class _Accumulator:
         size = activation.detach().flatten(0, -2).abs().float()
         if self.valid is not None:
             size = size[self.valid]
+        if len(size) == 0:
+            return  # nothing but padding
         self.total[layer] += size.sum(0, dtype=torch.float64)
         self.peak[layer] = torch.maximum(self.peak[layer], size.amax(0))
+
+
+def padded_inputs(model: nn.Module, ids_BS: Tensor, mask_BS: Tensor | None) -> dict[str, Any]:
+    """Arguments of a forward in which every sequence counts its positions from its first real token.
+
+    Without them a left-padded batch has shifted positions in models that embed them (GPT-2).
+    """
+    inputs: dict[str, Any] = {"input_ids": ids_BS, "attention_mask": mask_BS, "use_cache": False}
+    if mask_BS is not None and "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = positions(ids_BS, mask_BS, 0)
+    return inputs
 
 
 @torch.no_grad()
@@ -108,6 +123,8 @@ def profile(
     """Run `model` over the training split of every domain and collect the statistics of `Profile`.
 
     Tokens equal to `pad_token_id` are masked from attention and excluded from every statistic.
+
+    Raises MoesaicError if the model computes NaN or infinity, or a domain is shorter than one window.
     """
     if len({domain.name for domain in domains}) != len(domains):
         raise MoesaicError("two domains have the same name")
@@ -124,7 +141,12 @@ def profile(
         current.valid = None if bool(mask.all()) else mask.flatten().bool().to(device)
         current.tokens += int(mask.sum())
         with capture_activations(model, sites, current.add):
-            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            model(**padded_inputs(model, ids.to(device), mask.to(device)))
+        if bad := [layer for layer, total in enumerate(current.total) if not bool(total.isfinite().all())]:
+            raise MoesaicError(
+                f"the FFN of layer {bad[0]} computes NaN or infinity on domain {name!r}; check the model's weights, "
+                "and load it in float32"
+            )
     model.train(was_training)
     down_norm = [get_ffn_weights(model, site).down.float().norm(dim=0).cpu() for site in sites]
     layers = range(len(sites))

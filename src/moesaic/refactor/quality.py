@@ -94,10 +94,11 @@ def measure_quality(
             for name in variants(windows_nS[:1], label):
                 rows.setdefault(name, [[] for _ in domains])
             for ids in windows_nS.split(batch_size):
-                ids, reference = ids.to(moe.device), None
-                for name, run in variants(ids, label).items():
-                    logits = run()
-                    reference = logits if name == "dense" else reference
+                ids = ids.to(moe.device)
+                runs = dict(variants(ids, label))
+                reference = runs["dense"]()
+                for name, run in runs.items():
+                    logits = reference if name == "dense" else run()
                     rows[name][label].append(window_losses(logits, ids))
                     if name in similar:
                         similar[name].append(compare(logits, reference))

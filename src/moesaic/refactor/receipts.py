@@ -112,15 +112,19 @@ def _layout(run: "Refactoring") -> dict[str, list[int]]:
 
 def _speed(run: "Refactoring") -> dict[str, Any]:
     """Speed on real text, both models in float32 in memory."""
-    length = min(512, int(getattr(run.dense.config, "max_position_embeddings", 512) or 512) - 32)
-    prompts = torch.cat([_rows(domain, length) for domain in run.domains])
+    longest = [max(len(domain.train), len(domain.validation)) for domain in run.domains]
+    length = min(512, int(getattr(run.dense.config, "max_position_embeddings", 512) or 512) - 32, max(longest))
+    texts = [domain for domain, tokens in zip(run.domains, longest, strict=True) if tokens >= length]
+    prompts = torch.cat([_rows(domain, length) for domain in texts])
     need = -(-32 // len(prompts))
-    return measure_speed(run.dense, run.healed, prompts.repeat(need, 1)[:32], prefill_tokens=length, budget_s=SPEED_SECONDS)
+    return measure_speed(
+        run.dense, run.healed, prompts.repeat(need, 1)[:32], prefill_tokens=length, budget_s=SPEED_SECONDS
+    )
 
 
-def _rows(domain: DomainTokens, length: int) -> torch.Tensor:
+def _rows(domain: DomainTokens, length: int, limit: int = 6) -> torch.Tensor:
     split = "validation" if len(domain.validation) >= length else "train"
-    return domain.windows(length, 6, split)
+    return domain.windows(length, limit, split)
 
 
 def heal_log(work: Path, rounds: int) -> list[dict[str, Any]]:
@@ -141,8 +145,7 @@ def token_strips(
     """One short held-out text per domain, token by token with its expert."""
     strips = []
     for domain in domains:
-        split = "validation" if len(domain.validation) >= tokens else "train"
-        ids = domain.windows(tokens, 3, split)[-1:]
+        ids = _rows(domain, min(tokens, max(len(domain.train), len(domain.validation))), 3)[-1:]
         experts = model.plan(ids.to(model.device)).expert.tolist()
         strips.append((domain.name, list(zip(token_texts(tokenizer, ids[0].tolist()), experts, strict=True))))
     return strips

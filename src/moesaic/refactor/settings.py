@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from moesaic.errors import MoesaicError
 from moesaic.refactor.extract import Keep, keep_per_layer
@@ -27,6 +27,11 @@ class RefactorConfig:
     def check(self, layers: int, domains: int) -> None:
         """Raises MoesaicError for settings that cannot be met by this model and these domains."""
         keep_per_layer(self.keep, layers)
+        if self.importance not in get_args(Importance):
+            raise MoesaicError(f"importance = {self.importance!r}: expected one of {', '.join(get_args(Importance))}")
+        for name in ("profile_tokens", "windows"):
+            if getattr(self, name) < 1:
+                raise MoesaicError(f"{name} = {getattr(self, name)}: at least 1 is needed")
         if self.experts is None and domains < 2:
             raise MoesaicError("one domain gives one expert: name at least two domains, or cluster with experts=N")
         if self.experts is not None and self.experts < 2:
