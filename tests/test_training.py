@@ -479,7 +479,7 @@ def script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
     """Run this file as a program; returns what it printed."""
     command = [sys.executable, *launcher, __file__, *arguments]
     environment = os.environ | {"MOESAIC_PROGRESS": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -488,7 +488,7 @@ def script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """torchrun on the CPU, from different random starts, interrupted in step 5: the numbers of one process."""
     script("linear", str(tmp_path / "one"))
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     script("linear", str(tmp_path / "two"), launcher=launcher)
     one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("one", "two"))
     for key in ("step", "lr", "tokens", "loss", "grad_norm"):

@@ -52,10 +52,17 @@ def generate(
     """Continue PROMPT with a dense or refactored model; tokens of a refactored one are coloured by expert."""
     import torch
 
+    from moesaic.errors import MoesaicError
     from moesaic.models.loading import load_model, load_tokenizer
 
     source = options.model_source(model)
     network, tokenizer = load_model(source), load_tokenizer(source)
+    if expert is not None:
+        names = getattr(network.config, "expert_names", [])
+        if not 0 <= expert < len(names):
+            raise MoesaicError(
+                f"--expert {expert}: {model} has {len(names)} experts{', numbered from 0' if names else ''}"
+            )
     torch.manual_seed(seed)
     ids = _encode(tokenizer, prompt)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -77,8 +84,12 @@ def inspect(
         path = Path(text[1:])
         if not path.is_file():
             raise MoesaicError(f"{path} is no file; @FILE reads the text to route from a file")
-        text = path.read_text(encoding="utf-8")
-    network, tokenizer = load_model(model), load_tokenizer(model)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise MoesaicError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason})") from None
+    source = options.model_source(model)
+    network, tokenizer = load_model(source), load_tokenizer(source)
     if not hasattr(network, "pregate"):
         raise MoesaicError(f"{model} is a dense model and has no experts to show; refactor it first")
     _show(network, tokenizer, _encode(tokenizer, text), as_json, None)
@@ -88,9 +99,13 @@ def _encode(tokenizer, text: str):  # type: ignore[no-untyped-def]
     """(1, S) ids with the beginning-of-sequence token the training documents had."""
     import torch
 
+    from moesaic.errors import MoesaicError
+
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise MoesaicError("the text is empty; there is nothing to route or to continue")
     return torch.tensor([ids])
 
 

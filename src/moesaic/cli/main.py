@@ -26,7 +26,8 @@ def main() -> None:
     try:
         app()
     except MoesaicError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        # one line, also where a library's message of many lines is quoted
+        typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.secho("interrupted; the same command continues where it stopped", fg="yellow", err=True)

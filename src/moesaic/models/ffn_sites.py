@@ -71,11 +71,17 @@ def _weight(module: nn.Module) -> Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
 def get_ffn_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     """The dense FFN's weights at `site`; views, not copies."""
     parent = model.get_submodule(site.path)
     up, down = parent.get_submodule(site.up), parent.get_submodule(site.down)
-    up_weight, up_bias, gate_weight, gate_bias = _weight(up), up.bias, None, None
+    up_weight, up_bias, gate_weight, gate_bias = _weight(up), _bias(up), None, None
     if site.fused:
         halves = up_weight.chunk(2), (up_bias.chunk(2) if up_bias is not None else (None, None))
         first, second = (0, 1) if site.gate_first else (1, 0)
@@ -83,8 +89,8 @@ def get_ffn_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
         gate_bias, up_bias = halves[1][first], halves[1][second]
     elif site.gate is not None:
         gate = parent.get_submodule(site.gate)
-        gate_weight, gate_bias = _weight(gate), gate.bias
-    return FFNWeights(up_weight, _weight(down), gate_weight, gate_bias, up_bias, down.bias)  # type: ignore[arg-type]
+        gate_weight, gate_bias = _weight(gate), _bias(gate)
+    return FFNWeights(up_weight, _weight(down), gate_weight, gate_bias, up_bias, _bias(down))
 
 
 def build_blocks(model: nn.Module, site: FFNSite, layout: BlockLayout) -> ChannelBlocks:

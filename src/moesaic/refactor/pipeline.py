@@ -234,9 +234,9 @@ class Refactoring:
             raise MoesaicError(f"no stage {until!r}; the stages are {', '.join(STAGES)}")
         for stage in STAGES[: STAGES.index(until) + 1]:
             if stage == "receipts":
-                from moesaic.refactor.receipts import write_receipts
+                from moesaic.refactor.receipts import saved_receipt, write_receipts
 
-                return write_receipts(self)
+                return saved_receipt(self) or write_receipts(self)
             getattr(self, {"profile": "profile", "extract": "masks", "pregate": "unhealed", "heal": "healed"}[stage])
         return None
 

@@ -1,7 +1,10 @@
 """Stage 5: the receipts of a refactoring: numbers as JSON, one page of Markdown, four pictures."""
 
+import contextlib
 import json
+import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +16,7 @@ import transformers
 from moesaic.data.tokens import DomainTokens
 from moesaic.errors import MissingExtraError
 from moesaic.experts.channel_blocks import BlockLayout
-from moesaic.files import atomic_write_json, atomic_write_text
+from moesaic.files import TEMPORARY, atomic_write_json, atomic_write_text, storage_errors
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.refactor.extract import ownership
 from moesaic.refactor.machine import device_name
@@ -53,7 +56,17 @@ def write_receipts(run: "Refactoring") -> dict[str, Any]:
     receipt["pictures"] = _pictures(run, receipt, folder)
     atomic_write_json(folder / "receipt.json", receipt)
     atomic_write_text(folder / "receipt.md", receipt_markdown(receipt))
+    atomic_write_json(run.work / "receipt.json", receipt)
     return receipt
+
+
+def saved_receipt(run: "Refactoring") -> dict[str, Any] | None:
+    """What `write_receipts` returned before; None if there is nothing yet, or some of what it writes is missing."""
+    path = run.work / "receipt.json"
+    receipt: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    names = ["receipt.json", "receipt.md", *receipt.get("pictures", [])]
+    whole = receipt.get("pictures") and all((run.out / "receipts" / name).exists() for name in names)
+    return receipt if whole and receipt["format"] == FORMAT else None
 
 
 def environment() -> dict[str, Any]:
@@ -118,7 +131,13 @@ def _speed(run: "Refactoring") -> dict[str, Any]:
     prompts = torch.cat([_rows(domain, length) for domain in texts])
     need = -(-32 // len(prompts))
     return measure_speed(
-        run.dense, run.healed, prompts.repeat(need, 1)[:32], prefill_tokens=length, budget_s=SPEED_SECONDS
+        run.dense,
+        run.healed,
+        prompts.repeat(need, 1)[:32],
+        prefill_tokens=length,
+        decode_context=min(64, length // 2),
+        decode_steps=min(16, length // 2),
+        budget_s=SPEED_SECONDS,
     )
 
 
@@ -171,14 +190,19 @@ def _pictures(run: "Refactoring", receipt: dict[str, Any], folder: Path) -> list
 
     rounds = run.config.heal.rounds
     control = heal_log(run.work / "control", rounds) if run.config.control else None
-    try:
-        figures.expert_domain_heatmap(receipt, folder / "expert_domain.png")
-        figures.channel_ownership([mask.numpy() for mask in run.masks], run.names, folder / "channel_ownership.png")
-        strips = token_strips(run.healed, run.tokenizer, run.domains)
-        figures.token_strip(strips, run.names, folder / "token_strip.png")
+    names = ["expert_domain.png", "channel_ownership.png", "token_strip.png", "loss_curves.png"]
+    with (
+        storage_errors(folder),
+        contextlib.suppress(MissingExtraError),
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".pictures{TEMPORARY}") as temporary,
+    ):
+        heat, owners, strip, curves = (Path(temporary) / name for name in names)
+        figures.expert_domain_heatmap(receipt, heat)
+        figures.channel_ownership([mask.numpy() for mask in run.masks], run.names, owners)
+        figures.token_strip(token_strips(run.healed, run.tokenizer, run.domains), run.names, strip)
         level = receipt["quality"]["average"]["dense"]
-        log = heal_log(run.work / "heal", rounds)
-        figures.loss_curves(log, run.names, folder / "loss_curves.png", control, dense=level)
-    except MissingExtraError:
-        return []
-    return ["expert_domain.png", "channel_ownership.png", "token_strip.png", "loss_curves.png"]
+        figures.loss_curves(heal_log(run.work / "heal", rounds), run.names, curves, control, dense=level)
+        for name in names:
+            os.replace(Path(temporary) / name, folder / name)
+        return names
+    return []
