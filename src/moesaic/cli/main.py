@@ -7,6 +7,8 @@ import typer
 from moesaic.cli import inspect_commands, refactor_commands
 from moesaic.errors import MoesaicError
 
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended; typer turns the interrupt into it
+
 app = typer.Typer(
     name="moesaic",
     no_args_is_help=True,
@@ -29,9 +31,11 @@ def main() -> None:
         # one line, also where a library's message of many lines is quoted
         typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
         typer.secho("interrupted; the same command continues where it stopped", fg="yellow", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,7 @@ class Refactoring:
         self._compare_identity()
 
     def _check_data(self) -> None:
-        """Raises MoesaicError for what a later stage would stumble over."""
-        heal = self.config.heal
+        """Raises MoesaicError if the texts hold ids that the model does not know."""
         vocabulary = self.dense.config.get_text_config(decoder=True).vocab_size
         for domain in self.labelled:
             highest = int(max(domain.train.max(initial=0), domain.validation.max(initial=0)))
@@ -95,8 +94,13 @@ class Refactoring:
                     f"the tokenizer gives id {highest}, but the model has {vocabulary} tokens: they do not belong "
                     "together"
                 )
-            domain.windows(heal.length, 1)
+
+    def _check_lengths(self) -> None:
+        """Raises MoesaicError if a domain is too short for healing or the receipts; a profile makes do with less."""
+        heal = self.config.heal
         TokenBatches(tuple(self.labelled), heal.batch_size, heal.length)
+        for domain in self.labelled:
+            domain.windows(heal.length, 1)
 
     def _check_folder(self) -> None:
         """Raises MoesaicError if nothing can be written to `out`; removes what killed writers left there."""
@@ -232,6 +236,8 @@ class Refactoring:
         """Run all stages up to and including `until`; returns the receipt if that is the last one."""
         if until not in STAGES:
             raise MoesaicError(f"no stage {until!r}; the stages are {', '.join(STAGES)}")
+        if until not in ("profile", "extract"):
+            self._check_lengths()
         for stage in STAGES[: STAGES.index(until) + 1]:
             if stage == "receipts":
                 from moesaic.refactor.receipts import saved_receipt, write_receipts

@@ -41,14 +41,16 @@ def compare(logits: Tensor, reference: Tensor) -> tuple[float, float]:
     return float(same), float(F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean())
 
 
-def paired_interval(difference_Gn: np.ndarray, seed: int = 0, draws: int = 2_000) -> list[list[float]]:
-    """[mean, low, high] of each row and, last, of their average: 95 % bootstrap over windows, paired by window."""
+def paired_interval(differences: Sequence[np.ndarray], seed: int = 0, draws: int = 2_000) -> list[list[float]]:
+    """[mean, low, high] of each group and, last, of the average over groups: 95 % bootstrap over windows.
+
+    differences:    per group the difference of each of its windows, (n,); groups may have different n.
+    """
     rng = np.random.default_rng(seed)
-    groups, windows = difference_Gn.shape
-    picks = rng.integers(windows, size=(draws, groups, windows))
-    means = np.take_along_axis(difference_Gn[None], picks, axis=2).mean(2)  # (draws, G)
+    means = np.stack([row[rng.integers(len(row), size=(draws, len(row)))].mean(1) for row in differences], axis=1)
     samples = np.concatenate([means, means.mean(1, keepdims=True)], axis=1)
-    centre = np.append(difference_Gn.mean(1), difference_Gn.mean())
+    centre = [float(row.mean()) for row in differences]
+    centre.append(float(np.mean(centre)))
     low, high = np.percentile(samples, [2.5, 97.5], axis=0)
     return [[float(c), float(lo), float(hi)] for c, lo, hi in zip(centre, low, high, strict=True)]
 
@@ -71,7 +73,7 @@ def measure_quality(
     generator = torch.Generator().manual_seed(seed)
     held_out = [domain.windows(length, windows) for domain in domains]
     rows: dict[str, list[list[Tensor]]] = {}
-    similar: dict[str, list[tuple[float, float]]] = {"moe": [], "pruned": []}
+    similar: dict[str, list[tuple[float, float, int]]] = {"moe": [], "pruned": []}  # agreement, KL, windows
 
     def variants(ids: Tensor, label: int) -> Mapping[str, Callable[[], Tensor]]:
         random = torch.randint(experts, ids.shape, generator=generator)
@@ -101,14 +103,14 @@ def measure_quality(
                     logits = reference if name == "dense" else run()
                     rows[name][label].append(window_losses(logits, ids))
                     if name in similar:
-                        similar[name].append(compare(logits, reference))
+                        similar[name].append((*compare(logits, reference), len(ids)))
                 progress.advance()
     return _summary(rows, similar, domains, experts, length)
 
 
 def _summary(
     rows: Mapping[str, list[list[Tensor]]],
-    similar: Mapping[str, list[tuple[float, float]]],
+    similar: Mapping[str, list[tuple[float, float, int]]],
     domains: Sequence[DomainTokens],
     experts: int,
     length: int,
@@ -131,16 +133,13 @@ def _summary(
         },
         "average": {name: float(np.mean(values)) for name, values in nats.items()},
         "matrix": matrix,
-        "agreement": {name: float(np.mean([pair[0] for pair in pairs])) for name, pairs in similar.items() if pairs},
-        "kl": {name: float(np.mean([pair[1] for pair in pairs])) for name, pairs in similar.items() if pairs},
+        "agreement": {name: _weighted([(row[0], row[2]) for row in rows]) for name, rows in similar.items() if rows},
+        "kl": {name: _weighted([(row[1], row[2]) for row in rows]) for name, rows in similar.items() if rows},
     }
     if "pruned" in each:
-        common = result["windows_per_domain"]
-        stacked = [
-            np.stack([loss[:common].cpu().numpy() for loss in each[name] if loss is not None])
-            for name in ("moe", "pruned")
-        ]
-        *per_domain, average = paired_interval(stacked[0] - stacked[1])
+        pairs = zip(each["moe"], each["pruned"], strict=True)
+        differences = [(moe - pruned).cpu().numpy() for moe, pruned in pairs if moe is not None and pruned is not None]
+        *per_domain, average = paired_interval(differences)
         result["moe_minus_pruned"] = {
             **dict(zip(("mean", "low", "high"), average, strict=True)),
             "per_domain": per_domain,
@@ -150,6 +149,12 @@ def _summary(
         gap = result["average"]["pruned"] - result["average"]["dense"]
         result["gap_share"] = (result["average"]["moe"] - result["average"]["dense"]) / gap if gap > 0 else None
     return result
+
+
+def _weighted(pairs: Sequence[tuple[float, int]]) -> float:
+    """Mean of (value, weight) pairs."""
+    values, weights = zip(*pairs, strict=True)
+    return float(np.average(values, weights=weights))
 
 
 def _loss_of(each: Mapping[str, list[Tensor | None]], expert: int, label: int, experts: int) -> Tensor:
@@ -221,8 +226,13 @@ def measure_bytes(dense: PreTrainedModel, moe: MoesaicForCausalLM, dtype: torch.
     size = dtype.itemsize
     router = sum(p.numel() for p in moe.pregate.parameters()) if moe.pregate is not None else 0
     ffns, total = moe.ffns(), _count(moe)
-    stored = sum(blocks.bytes() // blocks.up.element_size() for blocks in ffns)
-    one_expert = [sum(b.bytes([e]) // b.up.element_size() for b in ffns) for e in range(moe.config.experts)]
+    # Weights of channels only: a down bias belongs to the layer, and untied experts share it too.
+    channel = [blocks.channel_bytes // blocks.up.element_size() for blocks in ffns]
+    stored = sum(n * blocks.layout.width for n, blocks in zip(channel, ffns, strict=True))
+    one_expert = [
+        sum(n * blocks.layout.expert_width(expert) for n, blocks in zip(channel, ffns, strict=True))
+        for expert in range(moe.config.experts)
+    ]
     dense_bytes, moe_bytes = _count(dense) * size, (total - router) * size + router * 4
     return {
         "dense": dense_bytes,
