@@ -1,5 +1,6 @@
 """`moesaic`: the command line. Errors users can mend are one red line and exit code 2; bugs keep their traceback."""
 
+import os
 import sys
 
 import typer
@@ -8,6 +9,10 @@ from moesaic.cli import inspect_commands, refactor_commands
 from moesaic.errors import MoesaicError
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended; typer turns the interrupt into it
+
+# Our own progress bars say what takes time; transformers' would only break the one clear line of an error.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 app = typer.Typer(
     name="moesaic",

@@ -19,11 +19,16 @@ def load_model(
     """
     _check_source(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     except MoesaicError:
         raise
     except Exception as error:  # OSError, KeyError, SafetensorError, RuntimeError... each for some damage
         raise MoesaicError(f"cannot load a causal language model from {source!s}: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
+        raise MoesaicError(
+            f"the checkpoint {source!s} lacks {len(missing)} tensor(s), such as {missing[0]}; copy it again "
+            "from its source"
+        )
     return model.eval()
 
 

@@ -178,7 +178,8 @@ def channel_shares(blocks: ChannelBlocks, expert_N: Tensor) -> tuple[float, floa
 
 def _attention_width(model: nn.Module) -> int:
     """Sum over layers of the width of all heads: each key seen costs 4 FLOP (score and mix) per unit of it."""
-    config: Any = getattr(model, "backbone", model).config.get_text_config(decoder=True)
+    backbone: Any = getattr(model, "backbone", model)
+    config = backbone.config.get_text_config(decoder=True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     router = getattr(getattr(model, "pregate", None), "config", None)
     extra = router.layers * router.width if router is not None else 0
@@ -216,8 +217,13 @@ class _Runner:
             read = cache if cell.kind == "decode" else None
             expert_N = None if expert is None else expert.flatten()
             works.append(least_work(model, ids, expert_N, cell.context + step, read))
-        columns = zip(*(vars(work).values() for work in works), strict=True)
-        return Work(*(None if None in column else statistics.fmean(column) for column in columns))
+        experts = [work.experts for work in works if work.experts is not None]
+        return Work(
+            weight_bytes=statistics.fmean(work.weight_bytes for work in works),
+            cache_bytes=statistics.fmean(work.cache_bytes for work in works),
+            flops=statistics.fmean(work.flops for work in works),
+            experts=statistics.fmean(experts) if experts else None,
+        )
 
     def seconds(self, cell: Cell, side: str, number: int) -> list[float]:
         """Seconds of each of the cell's forwards in round `number`."""
