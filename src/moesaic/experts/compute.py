@@ -19,7 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from moesaic.experts.channel_blocks import ChannelBlocks
 
-# Measured on two AVX-512 cores: below this many tokens an expert, reading the union once beats sorting.
+# A first guess, not measured yet: below this many tokens an expert, read the union once instead of sorting.
 GROUP_TOKENS = 48
 # An expert up to this size is computed from a contiguous copy: one fused product instead of several small ones.
 COPY_LIMIT = 8 * 2**20  # bytes
