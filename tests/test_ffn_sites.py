@@ -72,13 +72,37 @@ def test_gate_and_up_are_told_apart_by_numbers_not_names():
     assert {site.gate for site in find_ffn_sites(dense)} == {"w3"}
 
 
-def test_mixtures_are_refused_by_name():
-    config = transformers.MixtralConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2,
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_next",
+    "olmoe",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "llama4_text",
+    "gpt_oss",
+    "jetmoe",
+)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_mixtures_are_refused_by_name(model_type):
+    """Above all those with a shared expert, which alone has the form of a dense FFN."""
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=50, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        shared_expert_intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_local_experts=2, num_experts=2, num_experts_per_tok=1, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(MoesaicError, match=r"model\.layers\.0 is a mixture of experts already"):
-        find_ffn_sites(transformers.MixtralForCausalLM(config))
+    with pytest.raises(MoesaicError, match=r"layers\.0 is a mixture of experts already"):
+        find_ffn_sites(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_an_adapter_is_not_taken_for_the_ffn():
+    dense = tiny("gpt2")
+    for block in dense.transformer.h:
+        adapter = type(block.mlp)(4, dense.config)  # the same form, a few channels wide, and found first
+        block._modules = {"adapter": adapter} | block._modules
+    assert {site.path.rpartition(".")[2] for site in find_ffn_sites(dense)} == {"mlp"}
 
 
 def test_unknown_ffn_is_refused_with_what_was_found():

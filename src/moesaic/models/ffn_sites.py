@@ -160,21 +160,24 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _find_in_layer(layer: nn.Module, path: str, hidden: int) -> FFNSite:
-    reasons = []
-    for name, module in layer.named_modules():
-        place = f"{path}.{name}" if name else path
-        if isinstance(module, nn.ModuleList) or any(part in name for part in ("experts", "gate.")):
-            continue
-        for site in _candidates(module, place, hidden, inline=not name):
-            reason = _refute(module, site)
-            if reason is None:
-                return site
-            reasons.append(f"{place}: {reason}")
-    if _is_mixture(layer):
+    if _is_mixture(layer):  # looked at first: a shared expert alone would pass for a dense FFN
         raise MoesaicError(
             f"{path} is a mixture of experts already; moesaic refactors dense models. (For existing mixtures a "
             "pre-gate is distilled, nothing is refactored.)"
         )
+    found, reasons = [], []
+    for name, module in layer.named_modules():
+        place = f"{path}.{name}" if name else path
+        if isinstance(module, nn.ModuleList):
+            continue
+        for site in _candidates(module, place, hidden, inline=not name):
+            reason = _refute(module, site)
+            if reason is None:
+                found.append(site)
+                break
+            reasons.append(f"{place}: {reason}")
+    if found:
+        return max(found, key=lambda site: site.width)  # adapters have the form of an FFN too, but are narrow
     children = ", ".join(f"{n} {_linear_shape(m)}" for n, m in layer.named_modules() if _linear_shape(m))
     raise MoesaicError(
         f"{path} has no FFN of a known form, down(act(gate x) * up x) or down(act(up x)) with x of width {hidden}. "
