@@ -40,7 +40,8 @@ format: $(VENV)/.test ## mend what ruff can mend
 
 bench: $(VENV)/.test ## measure the README's numbers: quality over three seeds, recipes, speed
 	$(BIN)/python benchmarks/quality.py --out benchmarks/results/quality.json
-	$(BIN)/python benchmarks/quality.py --recipes --seeds 1 --out benchmarks/results/recipes.json
+	$(BIN)/python benchmarks/quality.py --sweep recipes --seeds 1 --out benchmarks/results/recipes.json
+	$(BIN)/python benchmarks/quality.py --sweep rates --seeds 1 --out benchmarks/results/rates.json
 	$(BIN)/python benchmarks/speed.py --model wide --out benchmarks/results/speed-wide.json
 
 clean: ## remove caches and build products, keep .venv

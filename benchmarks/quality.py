@@ -1,7 +1,8 @@
-"""Quality over seeds and recipes: refactored models against the dense source and the healed pruned control.
+"""Quality over seeds, recipes and learning rates: refactored models, the dense source, the healed pruned control.
 
     python benchmarks/quality.py --out benchmarks/results/quality.json                  # 3 seeds, default recipe
-    python benchmarks/quality.py --recipes --seeds 1 --out benchmarks/results/recipes.json
+    python benchmarks/quality.py --sweep recipes --seeds 1 --out benchmarks/results/recipes.json
+    python benchmarks/quality.py --sweep rates --seeds 1 --out benchmarks/results/rates.json
 
 Every run is a complete `refactor` (profile, extract, pregate, heal, control, receipts) that continues where it stopped.
 Intervals are 95 % Student t over seeds.
@@ -26,13 +27,23 @@ from moesaic.refactor.api import prepare
 from moesaic.refactor.receipts import environment
 
 DEFAULT = RefactorConfig(speed=False)
-RECIPES = {
-    "paper: |a|, no distillation": dataclasses.replace(
-        DEFAULT, importance="magnitude", heal=HealConfig(distillation=0.0)
-    ),
-    "|a| x column norm, no distillation": dataclasses.replace(DEFAULT, heal=HealConfig(distillation=0.0)),
-    "|a|, distillation": dataclasses.replace(DEFAULT, importance="magnitude"),
-    "ours: |a| x column norm, distillation": DEFAULT,
+
+
+def healed(config: RefactorConfig = DEFAULT, **changes: Any) -> RefactorConfig:
+    """`config` with other healing settings."""
+    return dataclasses.replace(config, heal=dataclasses.replace(config.heal, **changes))
+
+
+MAGNITUDE = dataclasses.replace(DEFAULT, importance="magnitude")
+SWEEPS = {
+    "default": {"ours": DEFAULT},
+    "recipes": {
+        "paper: |a|, no distillation": healed(MAGNITUDE, distillation=0.0),
+        "|a| x column norm, no distillation": healed(distillation=0.0),
+        "|a|, distillation": MAGNITUDE,
+        "ours: |a| x column norm, distillation": DEFAULT,
+    },
+    "rates": {f"expert lr {lr:g}": healed(expert_lr=lr) for lr in (1e-4, 2e-4, 4e-4, 8e-4)},
 }
 
 
@@ -121,21 +132,19 @@ def main() -> None:
     parser.add_argument("--model", default=str(pocket_path()))
     parser.add_argument("--domains", nargs="*", help="default: the six installed ones")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recipes", action="store_true", help="compare four recipes instead of one")
+    parser.add_argument("--sweep", choices=list(SWEEPS), default="default", help="what to compare")
     parser.add_argument("--tokens", type=int, default=HealConfig.tokens)
     parser.add_argument("--max-bytes", type=int, default=4_000_000)
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     results = {}
-    for name, config in (RECIPES if args.recipes else {"ours": DEFAULT}).items():
+    for name, config in SWEEPS[args.sweep].items():
         receipts = []
         for seed in range(args.seeds):
-            heal = dataclasses.replace(config.heal, seed=seed, tokens=args.tokens)
             folder = args.work / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}"
-            receipts.append(
-                run(dataclasses.replace(config, heal=heal), args.model, args.domains, folder, args.max_bytes)
-            )
+            seeded = healed(config, seed=seed, tokens=args.tokens)
+            receipts.append(run(seeded, args.model, args.domains, folder, args.max_bytes))
         results[name] = summarise(receipts)
         show(Console(width=160), results)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

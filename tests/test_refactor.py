@@ -487,7 +487,10 @@ def test_router_stage_leaves_the_backbone_and_expert_stage_the_router(domains, t
 def test_schedule_advances_once_per_optimizer_step(domains, tmp_path):
     dense, masks = tiny("llama"), equal_masks()
     heal(attach(dense, masks, NAMES), dense, masks, domains, CONFIG, tmp_path)
-    peaks = {"router": (CONFIG.router_steps, 5e-3), "experts": (CONFIG.expert_steps, 2e-3)}
+    peaks = {
+        "router": (CONFIG.router_steps, 5e-3),
+        "experts": (CONFIG.expert_steps, 5e-5 * (4096 / dense.config.hidden_size) ** 0.5),
+    }
     assert (CONFIG.router_steps, CONFIG.expert_steps) == (2, 4)
     for index in range(2):
         for stage, (steps, peak) in peaks.items():

@@ -1,4 +1,4 @@
-"""The config of a refactored model: the dense config, where the FFNs sit, and how their channels are laid out."""
+"""Configs of models that wrap a dense decoder: the dense config, where its FFNs sit, and what replaces them."""
 
 import copy
 from typing import Any
@@ -10,7 +10,42 @@ from moesaic.errors import MoesaicError
 FORMAT_VERSION = 1  # raised when an older moesaic could misread a checkpoint
 
 
-class MoesaicConfig(PreTrainedConfig):
+class WrappedConfig(PreTrainedConfig):
+    """A config around another one, `base_config`; attributes not found here are read from it (vocab_size, ...).
+
+    Raises MoesaicError for a checkpoint of a newer format.
+    """
+
+    sub_configs = {"base_config": AutoConfig}
+
+    def __init__(
+        self,
+        base_config: dict[str, Any] | PreTrainedConfig | None = None,
+        moesaic_format: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if moesaic_format > FORMAT_VERSION:
+            raise MoesaicError(
+                f"this checkpoint has moesaic format {moesaic_format}, but this moesaic reads up to {FORMAT_VERSION}; "
+                "update moesaic (pip install -U moesaic)"
+            )
+        if isinstance(base_config, dict):
+            base_config = AutoConfig.for_model(**base_config)
+        self.base_config: Any = base_config  # a PreTrainedConfig; None only in an empty config
+        self.moesaic_format = moesaic_format
+        if base_config is not None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(base_config, name, None))
+        super().__init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called when normal lookup fails. Private names and the field itself must not recurse.
+        if not name.startswith("_") and (base := self.__dict__.get("base_config")) is not None:
+            return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+
+class MoesaicConfig(WrappedConfig):
     """Everything needed to rebuild a refactored model without its weights.
 
     base_config:    the dense model's config (dict or PreTrainedConfig).
@@ -18,12 +53,9 @@ class MoesaicConfig(PreTrainedConfig):
     layouts:        one list per decoder layer: its channel blocks (`experts.channel_blocks.BlockLayout`).
     pregate:        sizes of the router (`routing.pregate.PreGateConfig`), or None before one exists.
     expert_names:   the domain each expert came from.
-
-    Attributes not found here are read from `base_config` (vocab_size, hidden_size, num_hidden_layers, ...).
     """
 
     model_type = "moesaic"
-    sub_configs = {"base_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "expert_index", "router_logits"]
 
     def __init__(
@@ -36,29 +68,11 @@ class MoesaicConfig(PreTrainedConfig):
         moesaic_format: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        if moesaic_format > FORMAT_VERSION:
-            raise MoesaicError(
-                f"this checkpoint has moesaic format {moesaic_format}, but this moesaic reads up to {FORMAT_VERSION}; "
-                "update moesaic (pip install -U moesaic)"
-            )
-        if isinstance(base_config, dict):
-            base_config = AutoConfig.for_model(**base_config)
-        self.base_config: Any = base_config  # a PreTrainedConfig; None only in an empty config
         self.sites = sites or []
         self.layouts = layouts or []
         self.pregate = pregate
         self.expert_names = expert_names or []
-        self.moesaic_format = moesaic_format
-        if base_config is not None:
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-                kwargs.setdefault(name, getattr(base_config, name, None))
-        super().__init__(**kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Only called when normal lookup fails. Private names and the field itself must not recurse.
-        if not name.startswith("_") and (base := self.__dict__.get("base_config")) is not None:
-            return getattr(base, name)
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        super().__init__(base_config, moesaic_format, **kwargs)
 
     @property
     def experts(self) -> int:
@@ -89,4 +103,31 @@ class MoesaicConfig(PreTrainedConfig):
         return view
 
 
-AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
+class RoutedConfig(WrappedConfig):
+    """A decoder's config, where its FFNs sit, and what replaces them.
+
+    router:  {"name": ..., options...}, see `routing.family`.
+    pool:    {"experts": E, "hidden": H, "shared": n, "zero": n, "copy": n, "constant": n}; absent counts are 0.
+    losses:  coefficient of "load_balance", "entropy", "z", added to the loss when labels are given.
+    """
+
+    model_type = "moesaic-routed"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        base_config: Any = None,
+        sites: list[dict[str, Any]] | None = None,
+        router: dict[str, Any] | None = None,
+        pool: dict[str, Any] | None = None,
+        losses: dict[str, float] | None = None,
+        moesaic_format: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        self.sites, self.router, self.pool = sites or [], router or {"name": "top-k"}, pool or {}
+        self.losses = losses or {}
+        super().__init__(base_config, moesaic_format, **kwargs)
+
+
+for config in (MoesaicConfig, RoutedConfig):
+    AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -1,23 +1,20 @@
 """A refactored causal LM: any HF decoder whose FFN channels are chosen, per token, by a pre-gate over token ids."""
 
-import inspect
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moesaic.errors import MoesaicError
 from moesaic.experts.channel_blocks import BlockLayout, ChannelBlocks, TokenGroups
-from moesaic.models.checkpoint import save_checkpoint, verify_checkpoint
 from moesaic.models.configuration_moesaic import MoesaicConfig
 from moesaic.models.ffn_sites import FFNSite, build_blocks, replace_ffn
-from moesaic.models.routes import RoutedFFN, Routes, expand
+from moesaic.models.routes import RoutedFFN, expand
+from moesaic.models.wrapper import WrappedCausalLM
 from moesaic.routing.contract import RoutePlan
 from moesaic.routing.policies import fixed
 from moesaic.routing.pregate import PreGate, PreGateConfig, positions
@@ -35,7 +32,7 @@ class MoesaicOutput(CausalLMOutputWithPast):
     router_logits: Tensor | None = None
 
 
-class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
+class MoesaicForCausalLM(WrappedCausalLM):
     """`backbone` with its FFNs replaced by channel blocks, `pregate` in front of it.
 
     The plan is a function of token ids alone and is computed once, before layer 0. It carries no gate weight, so the
@@ -43,48 +40,16 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = MoesaicConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"pregate"}  # routes must not depend on the dtype the backbone is loaded in
-    _can_compile_fullgraph = False  # token ids decide which weights are read
 
     def __init__(self, config: MoesaicConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        if config.base_config is None:
-            raise MoesaicError(
-                "a moesaic config needs a base_config; use moesaic.refactor to make one from a dense model"
-            )
-        self.routes = Routes()
         dense = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.base_config)
         for raw_site, raw_layout in zip(config.sites, config.layouts, strict=True):
             site, layout = FFNSite.from_dict(raw_site), BlockLayout.from_list(raw_layout)
-            replace_ffn(dense, site, RoutedFFN(build_blocks(dense, site, layout), self.routes))
-        self.backbone = dense
+            replace_ffn(dense, site, RoutedFFN(build_blocks(dense, site, layout), self.current))
         self.pregate = PreGate(PreGateConfig(**config.pregate)) if config.pregate else None
-        accepted = inspect.signature(dense.forward).parameters
-        self._backbone_takes_positions = "position_ids" in accepted
-        self._no_split_modules = getattr(dense, "_no_split_modules", None)
-        self.post_init()
-        if dense.generation_config is not None:
-            self.generation_config = dense.generation_config
-
-    # -- plumbing transformers asks for -------------------------------------------------------------------------
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_output_embeddings(value)
+        self.adopt(dense)
 
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config.base_config, "initializer_range", 0.02)
@@ -93,12 +58,6 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
                 nn.init.zeros_(parameter) if "bias" in name else nn.init.normal_(parameter, std=std)
         else:
             super()._init_weights(module)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
-    ) -> None:
-        function = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
-        super()._set_gradient_checkpointing(enable, self.routes.checkpoint(function), **kwargs)
 
     # -- the routed model ---------------------------------------------------------------------------------------
     def ffns(self) -> list[ChannelBlocks]:
@@ -172,7 +131,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
             plan = self.plan(input_ids, padding_mask, position_ids, cache)
         if position_ids is not None and self._backbone_takes_positions:
             kwargs["position_ids"] = position_ids
-        with self.routes.use(TokenGroups(plan.expert)):
+        with self.current.use(TokenGroups(plan.expert)):
             out = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -185,26 +144,6 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
         logits = None if plan.logits is None else plan.logits.view(batch, length, -1)
         result = MoesaicOutput(**out, expert_index=plan.expert.view(batch, length), router_logits=logits)
         return result if return_dict is not False else result.to_tuple()
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Keeps the 2-D padding mask beside whatever the backbone's own preparation turns it into."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2:
-            inputs["padding_mask"] = mask
-        return inputs
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', after checking every file against the checkpoint's manifest."""
-        if name is not None and os.path.isdir(name):
-            verify_checkpoint(name)
-        return super().from_pretrained(name, *args, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As transformers', but all or nothing, and with a manifest of checksums."""
-        save_checkpoint(super().save_pretrained, save_directory, **kwargs)
 
 
 AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)

@@ -13,8 +13,8 @@ from types import ModuleType
 
 # transformers' module -> ours, which registers itself at its end.
 REGISTRATIONS = {
-    "transformers.models.auto.configuration_auto": "moesaic.models.configuration_moesaic",
-    "transformers.models.auto.modeling_auto": "moesaic.models.modeling_moesaic",
+    "transformers.models.auto.configuration_auto": ["moesaic.models.configuration_moesaic"],
+    "transformers.models.auto.modeling_auto": ["moesaic.models.modeling_moesaic", "moesaic.models.routed"],
 }
 
 
@@ -37,7 +37,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            importlib.import_module(ours)
+            for name in ours:
+                importlib.import_module(name)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -49,6 +50,7 @@ def register_auto_classes() -> None:
     for theirs, ours in REGISTRATIONS.items():
         if theirs in sys.modules:
             del finder.pending[theirs]
-            importlib.import_module(ours)
+            for name in ours:
+                importlib.import_module(name)
     if finder.pending:
         sys.meta_path.insert(0, finder)

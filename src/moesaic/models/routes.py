@@ -1,41 +1,43 @@
-"""How one plan reaches every FFN: computed once outside the layers, held here while the backbone runs."""
+"""How what one forward knows reaches its layers, also when they are recomputed for the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups
 
+T = TypeVar("T")
 
-class Routes:
-    """The tokens of the call in progress, grouped by expert; None = all channels on."""
+
+class Current(Generic[T]):
+    """What belongs to the call in progress; None outside of calls."""
 
     def __init__(self) -> None:
-        self.groups: TokenGroups | None = None
+        self.value: T | None = None
 
     @contextmanager
-    def use(self, groups: TokenGroups | None) -> Iterator[None]:
-        """Make `groups` current inside the block; what was current before is restored."""
-        before, self.groups = self.groups, groups
+    def use(self, value: T | None) -> Iterator[None]:
+        """Make `value` current inside the block; what was current before is restored."""
+        before, self.value = self.value, value
         try:
             yield
         finally:
-            self.groups = before
+            self.value = before
 
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a gradient-checkpointing function so that a layer is recomputed under the routes of its own forward.
+        """Wrap a gradient-checkpointing function so that a layer is recomputed under what its own forward had.
 
-        Backward runs after the forward has restored the previous routes, and maybe after another forward.
+        Backward runs after the forward has restored what was before, and maybe after another forward.
         """
 
         def checkpointed(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            groups = self.groups
+            value = self.value
 
             def replay(*inputs: Any) -> Any:
-                with self.use(groups):
+                with self.use(value):
                     return layer(*inputs)
 
             return function(replay, *args, **kwargs)
@@ -46,14 +48,14 @@ class Routes:
 class RoutedFFN(nn.Module):
     """Stands where the dense FFN stood; runs its channel blocks under the current routes."""
 
-    def __init__(self, blocks: ChannelBlocks, routes: Routes) -> None:
+    def __init__(self, blocks: ChannelBlocks, routes: Current[TokenGroups]) -> None:
         super().__init__()
         self.blocks = blocks
         self.routes = routes
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, S, D) or (N, D) -> same shape."""
-        return self.blocks(hidden, self.routes.groups)
+        return self.blocks(hidden, self.routes.value)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from moesaic.refactor.profile import padded_inputs
 from moesaic.training.loop import train
 from moesaic.training.schedule import Stage
 
-PAPER_WIDTH = 4096  # Read-ME's learning rates are for this hidden size; smaller models take larger ones, as 1/width
+PAPER_WIDTH, PAPER_LR = 4096, 5e-5  # Read-ME's expert stage: hidden size and learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class HealConfig:
     length: int = 256
     router_steps_ratio: float = 0.5  # router steps per expert step (the paper: 100 to 200)
     router_lr: float | None = None  # None: 5e-4 * 512 / the pre-gate's width, at most 5e-3
-    expert_lr: float | None = None  # None: 5e-5 * 4096 / width, at most 2e-3
+    expert_lr: float | None = None  # None: 5e-5 * sqrt(4096 / width)
     router_loss: RouterLoss = "overlap"
     load_penalty: float = 0.0  # coefficient of the load-balancing loss in the router stage
     distillation: float = 1.0  # coefficient of KL(dense || refactored); 0 is the paper's recipe
@@ -93,7 +93,8 @@ class HealConfig:
         return Stage(
             name=f"experts {round_index + 1}/{self.rounds}",
             steps=self.expert_steps,
-            lr=self.expert_lr or min(2e-3, 5e-5 * PAPER_WIDTH / width),
+            # Not 1/width: four times as much (8e-4 at width 256) undoes what experts know (docs/log.md).
+            lr=self.expert_lr or PAPER_LR * (PAPER_WIDTH / width) ** 0.5,
             coefficients={"lm": 1.0, "distillation": self.distillation} if self.distillation else {"lm": 1.0},
             weight_decay=self.weight_decay,
             schedule_args={"warmup": min(10, self.expert_steps // 10)},

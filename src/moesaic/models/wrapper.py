@@ -1,0 +1,84 @@
+"""What transformers asks of a model that wraps a decoder it does not own: shared by refactored and routed models."""
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from moesaic.errors import MoesaicError
+from moesaic.models.checkpoint import save_checkpoint, verify_checkpoint
+from moesaic.models.routes import Current
+
+
+class WrappedCausalLM(PreTrainedModel, GenerationMixin):
+    """`backbone` is any HF decoder; what one forward knows reaches its layers through `current`."""
+
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # token ids decide which weights are read
+
+    backbone: PreTrainedModel
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.base_config is None:
+            raise MoesaicError(
+                f"a {config.model_type} config needs a base_config; moesaic.refactor and moesaic.attach make one from "
+                "a dense model"
+            )
+        self.current: Current[Any] = Current()
+
+    def adopt(self, dense: PreTrainedModel) -> None:
+        """Take `dense`, whose layers are replaced already, as the backbone; the last thing a constructor does."""
+        self.backbone = dense
+        self._backbone_takes_positions = "position_ids" in inspect.signature(dense.forward).parameters
+        self._no_split_modules = getattr(dense, "_no_split_modules", None)
+        self.post_init()
+        if dense.generation_config is not None:
+            self.generation_config = dense.generation_config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_output_embeddings(value)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
+        function = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
+        super()._set_gradient_checkpointing(enable, self.current.checkpoint(function), **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Keeps the 2-D padding mask beside whatever the backbone's own preparation turns it into."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            inputs["padding_mask"] = mask
+        return inputs
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str] | None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', after checking every file against the checkpoint's manifest."""
+        if name is not None and os.path.isdir(name):
+            verify_checkpoint(name)
+        return super().from_pretrained(name, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As transformers', but all or nothing, and with a manifest of checksums."""
+        save_checkpoint(super().save_pretrained, save_directory, **kwargs)
