@@ -217,9 +217,7 @@ def attach_router(
     upcycle: str = "copy",
     hidden: int | None = None,
     shared: int = 0,
-    zero: int = 0,
-    copy_experts: int = 0,
-    constant: int = 0,
+    free: dict[str, int] | None = None,
     losses: dict[str, float] | None = None,
     noise: float = 0.0,
     scale: float = 1.0,
@@ -229,6 +227,7 @@ def attach_router(
     router:   a name, {"name": ..., options}, or a Router built for this model (then it cannot be rebuilt by name).
     upcycle:  "copy": every expert is the dense FFN; "split": equal slices of it, routed first, shared last;
               "scratch": random, `hidden` wide.
+    free:     how many "zero", "copy" and "constant" experts join the pool (MoE++).
     noise:    with "copy": relative noise that lets copies part.
     scale:    with "split": of the routed slices' outputs; with weights that sum to one, E gives the dense FFN's size.
 
@@ -237,8 +236,9 @@ def attach_router(
     sites = find_ffn_sites(dense)
     if upcycle not in ("copy", "split", "scratch"):
         raise MoesaicError(f"upcycle = {upcycle!r}: expected copy, split or scratch")
-    spec: dict[str, Any] = {"experts": experts, "shared": shared, "zero": zero, "copy": copy_experts}
-    spec["constant"], spec["sliced"] = constant, upcycle == "split"
+    if unknown := set(free or {}) - {"zero", "copy", "constant"}:
+        raise MoesaicError(f"free = {free}: unknown kind {min(unknown)!r}; expected counts of zero, copy, constant")
+    spec: dict[str, Any] = {"experts": experts, "shared": shared, "sliced": upcycle == "split", **(free or {})}
     width = sites[0].width
     if upcycle == "split" and width % (experts + shared):
         raise MoesaicError(f"{width} channels cannot be cut evenly into {experts} + {shared} experts")
