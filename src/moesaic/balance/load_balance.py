@@ -82,7 +82,7 @@ class LoadBalance:
         if self.scope == "sequence":
             if seq_N is None:
                 raise MoesaicError('balance scope "sequence" needs the sequence number of each token')
-            groups = [valid_N & (seq_N == number) for number in seq_N[valid_N].unique()]
+            groups = [valid_N & (seq_N == number) for number in seq_N[valid_N].unique()] or [valid_N]
             return torch.stack([self._micro(plans, group) for group in groups]).mean()
         if self.scope == "micro":
             return self._micro(plans, valid_N)
@@ -103,6 +103,10 @@ class LoadBalance:
     def _of(self, counts_LE: Tensor, plans: Sequence[RoutePlan], valid_N: Tensor) -> Tensor:
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp_min(1)
         mean_LE = torch.stack([scores_of(plan)[valid_N].float().sum(0) for plan in plans]) / valid_N.sum().clamp_min(1)
+        if self.eta is not None and len(self.eta) != mean_LE.shape[-1]:
+            raise MoesaicError(
+                f"eta has {len(self.eta)} weights, but the plans choose among {mean_LE.shape[-1]} experts"
+            )
         eta = 1.0 if self.eta is None else torch.tensor(list(self.eta), device=mean_LE.device)
         scale = mean_LE.shape[-1] if self.scale is None else self.scale
         return scale * (eta * share_LE * mean_LE).sum(-1).mean()

@@ -77,6 +77,9 @@ class FFNBank(nn.Module):
         """Normal weights, zero biases."""
         nn.init.normal_(self.gate_up, std=std)
         nn.init.normal_(self.down, std=std)
+        for bias in (self.gate_up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def run(self, expert: int, x_ND: Tensor) -> Tensor:
         """One expert on its tokens."""

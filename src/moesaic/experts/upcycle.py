@@ -14,6 +14,8 @@ def fill_copies(bank: FFNBank, weights: FFNWeights, noise: float = 0.0) -> None:
     """Every expert becomes the dense FFN, plus noise of `noise` times each weight's standard deviation."""
     stacked = torch.cat([w for w in (weights.gate, weights.up) if w is not None])
     _expect(bank, weights, bank.hidden == len(weights.up))
+    if (bank.down_bias is None) != (weights.down_bias is None):
+        raise MoesaicError("the down bias is in the dense FFN or in the experts, but not in both")
     for target, source in ((bank.gate_up, stacked), (bank.down, weights.down)):
         target.copy_(source.expand_as(target))
         if noise:
@@ -62,6 +64,8 @@ def slice_dense(weights: FFNWeights, experts: int, activation: object, *, shared
 
 def _expect(bank: FFNBank, weights: FFNWeights, fits: bool) -> None:
     shape: Tensor = weights.up
+    if (bank.gate_up_bias is None) != (weights.up_bias is None):
+        raise MoesaicError("the up bias is in the dense FFN or in the experts, but not in both")
     if not fits or bank.width != shape.shape[1] or bank.gated != (weights.gate is not None):
         raise MoesaicError(
             f"a dense FFN of {tuple(shape.shape)} {'with' if weights.gate is not None else 'without'} gate does not "

@@ -104,6 +104,16 @@ class RoutedForCausalLM(WrappedCausalLM):
         elif not any(module is part for part in self.router.modules()):  # routers initialise themselves
             super()._init_weights(module)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise MoesaicError(
+                "reentrant checkpointing runs the layers without a graph: plans and the router's state would lose "
+                'their gradient without a word; pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
     def pools(self) -> list[Pool]:
         """The pool of every decoder layer, in order."""
         return [module.pool for module in self.backbone.modules() if isinstance(module, ExpertLayer)]
@@ -183,7 +193,8 @@ class RoutedForCausalLM(WrappedCausalLM):
             "entropy": lambda: router_entropy(plans, call.inp.valid),
             "z": lambda: z_loss(plans, call.inp.valid),
         }
-        own = self.router.losses(plans, call.inp)
+        # Only asked for its own losses when one is wanted: some are of a training stage of their own.
+        own = self.router.losses(plans, call.inp) if set(names) - set(available) else {}
         if unknown := [name for name in names if name not in available and name not in own]:
             raise MoesaicError(f"unknown loss {unknown[0]!r}: expected one of {', '.join([*available, *own])}")
         return {name: own[name] if name in own else available[name]() for name in names}

@@ -36,10 +36,10 @@ class BigSmallRouter(Router):
         """While training every module runs, weighted; afterwards the better one, with weight one."""
         if inp.phase != "train":
             return super().plan(inp, state)
-        logits, state = self.scorer(inp, state or RouterState())
-        weight = (logits.float() / self.tau).softmax(-1)
+        logits, state = self.score(inp, state)
+        weight = (logits / self.tau).softmax(-1)
         index = torch.arange(self.experts, device=logits.device, dtype=torch.int32).expand(weight.shape)
-        return RoutePlan(index, weight, logits=logits.float(), probs=weight), state
+        return RoutePlan(index, weight, logits=logits, probs=weight), state
 
     def losses(self, plans: Sequence[RoutePlan], inp: RouteInput) -> dict[str, Tensor]:
         """(mean over layers and tokens of P(big) - budget)^2, per sequence, averaged."""

@@ -5,7 +5,7 @@ Shapes: N tokens in the call (flattened B*S), E experts, K slots per token, D mo
 Layer equation of every method: y = sum_j weight[:, j] * Expert[index[:, j]](x) + sum_shared Expert_s(x).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -103,7 +103,8 @@ class RoutePlan:
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows]
 
-        aux = {name: value[rows] if len(value) == len(self.index) else value for name, value in self.aux.items()}
+        tokens = self.index.shape[:1]
+        aux = {name: value[rows] if value.shape[:1] == tokens else value for name, value in self.aux.items()}
         return RoutePlan(
             self.index[rows], self.weight[rows], pick(self.logits), pick(self.probs), pick(self.run), self.scope, aux
         )
@@ -175,10 +176,23 @@ class Router(nn.Module):
     def plan(self, inp: RouteInput, state: RouterState | None = None) -> tuple[RoutePlan, RouterState]:
         """The plan of layer `inp.layer`, and the state to hand to the next layer."""
         self.check_phase(inp)
-        with torch.autocast(inp.ids.device.type, enabled=False):  # scores are fp32 whatever the backbone's dtype
+        logits, state = self.score(inp, state)
+        return self.policy(logits, inp), state
+
+    def score(self, inp: RouteInput, state: RouterState | None = None) -> tuple[Tensor, RouterState]:
+        """The scorer's logits, (N, E), finite and fp32 whatever the backbone's dtype, and the state they leave."""
+        with torch.autocast(inp.ids.device.type, enabled=False):
             logits, state = self.scorer(inp, state or RouterState())
-            plan = self.policy(finite(logits.float(), inp.layer), inp)
-        return plan, state
+        return finite(logits.float(), inp.layer), state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """As Module's, but a cast of the model moves a router without rounding it: its arithmetic is fp32."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
 
     def plan_all(self, inp: RouteInput, layers: int) -> list[RoutePlan]:
         """The plans of all layers before layer 0, from ids alone; only where `caps.precompute` is "exact"."""

@@ -16,7 +16,7 @@ from moesaic.routing.scorers import FrozenRandom
 
 
 class FrozenRandomRouter(Router):
-    """schedule: "linear", "cosine", "exponential", or "constant"; from k_min to k (default: all experts).
+    """schedule: "linear", "cosine", "exponential", or "constant"; from k_min to k (default: half to all experts).
 
     The last `hold` of the steps run at k: else the model is hardly ever trained with all experts.
     """
@@ -35,8 +35,9 @@ class FrozenRandomRouter(Router):
         hold: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__(FrozenRandom(width, experts, layers, seed), TopK(k or experts, "renorm"))
-        self.k_max, self.k_min = k or experts, k_min or max(1, experts // 2)
+        k_max = experts if k is None else k
+        super().__init__(FrozenRandom(width, experts, layers, seed), TopK(k_max, "renorm"))
+        self.k_max, self.k_min = k_max, min(k_max, max(1, experts // 2)) if k_min is None else k_min
         check_k(self.k_max, experts)
         check_k(self.k_min, self.k_max)
         if growth not in GROWTH:

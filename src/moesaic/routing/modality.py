@@ -36,7 +36,7 @@ class ModalityRouter(Router):
     def plan(self, inp: RouteInput, state: RouterState | None = None) -> tuple[RoutePlan, RouterState]:
         """Expert choice inside each modality's tokens and experts."""
         self.check_phase(inp)
-        logits, state = self.scorer(inp, state or RouterState())
+        logits, state = self.score(inp, state)
         modality, first = modality_of(inp, len(self.groups)), 0
         mask = torch.zeros_like(logits, dtype=torch.bool)
         for group, size in enumerate(self.groups):
@@ -44,7 +44,8 @@ class ModalityRouter(Router):
             part = self.policy(logits[:, first : first + size], own)
             mask[:, first : first + size] = part.used
             first += size
-        return chosen(mask, logits.float().sigmoid(), own_logits(logits.float(), modality, self.groups)), state
+        logits = own_logits(logits, modality, self.groups)
+        return chosen(mask, logits.sigmoid(), logits), state
 
 
 class AuxiliaryRouter(Router):
@@ -64,16 +65,16 @@ class AuxiliaryRouter(Router):
 
     def plan(self, inp: RouteInput, state: RouterState | None = None) -> tuple[RoutePlan, RouterState]:
         """Chosen by the auxiliary score, weighted by the main one."""
-        logits, state = self.scorer(inp, state or RouterState())
-        logits = own_logits(logits.float(), modality_of(inp, len(self.main.groups)), self.main.groups)
-        weight = self.main.scorer(inp, state)[0].float().sigmoid()
-        plan = chosen(logits.sigmoid() > self.threshold[inp.layer], weight, logits)
-        return plan, state
+        logits, state = self.score(inp, state)
+        modality = modality_of(inp, len(self.main.groups))
+        logits = own_logits(logits, modality, self.main.groups)
+        weight = own_logits(self.main.score(inp)[0], modality, self.main.groups).sigmoid()
+        return chosen(logits.sigmoid() > self.threshold[inp.layer], weight, logits), state
 
     def losses(self, plans: Sequence[RoutePlan], inp: RouteInput) -> dict[str, Tensor]:
         """Binary cross-entropy against the main router's choices of one layer, `plans[0]`, over own experts."""
-        logits, _ = self.scorer(inp, RouterState())
-        logits = own_logits(logits.float(), modality_of(inp, len(self.main.groups)), self.main.groups)
+        logits, _ = self.score(inp)
+        logits = own_logits(logits, modality_of(inp, len(self.main.groups)), self.main.groups)
         loss = F.binary_cross_entropy_with_logits(logits, plans[0].used.float(), reduction="none")
         return {"selection": loss[(logits > FORBIDDEN) & inp.valid[:, None]].mean()}
 

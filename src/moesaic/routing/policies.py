@@ -4,7 +4,7 @@ Shapes: N tokens, E experts, K slots. Weights are float32 and, where they come f
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from moesaic.errors import MoesaicError
 from moesaic.routing.contract import EMPTY, RouteInput, RoutePlan
 
 Weighting = Literal["one", "probs", "renorm"]
+Scope = Literal["batch", "sequence"]
+Score = Literal["sigmoid", "softmax"]
+Draw = Literal["layer", "sequence", "token"]
 
 
 def check_k(k: int, experts: int) -> None:
@@ -21,12 +24,26 @@ def check_k(k: int, experts: int) -> None:
         raise MoesaicError(f"k = {k} of {experts} experts: k must be from 1 to the number of experts")
 
 
+def check_option(name: str, value: str, options: Any) -> None:
+    """Refuse a value that the Literal `options` does not list: it would silently mean another one."""
+    if value not in get_args(options):
+        raise MoesaicError(f"{name} = {value!r}: expected one of {', '.join(get_args(options))}")
+
+
 @dataclass
 class TopK:
     """The k largest logits. `weighting`: "one" (hard choice), "probs" (raw), or "renorm" (over the chosen)."""
 
     k: int = 1
     weighting: Weighting = "one"
+
+    def __post_init__(self) -> None:
+        check_option("weighting", self.weighting, Weighting)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether weights depend on the logits, which is how the task loss trains them; 1 of 1 is always 1."""
+        return self.weighting == "probs" or (self.weighting == "renorm" and self.k > 1)
 
     def __call__(self, logits_NE: Tensor, inp: RouteInput | None = None) -> RoutePlan:
         logits_NE = logits_NE.float()
@@ -70,7 +87,7 @@ class TopP:
     def __call__(self, logits_NE: Tensor, inp: RouteInput | None = None) -> RoutePlan:
         logits_NE = logits_NE.float()
         experts = logits_NE.shape[-1]
-        width = min(self.max_k or experts, experts)
+        width = experts if self.max_k is None else min(self.max_k, experts)
         check_k(width, experts)
         ordered, index = logits_NE.softmax(-1).sort(-1, descending=True)
         keep = (ordered.cumsum(-1) - ordered < self.p)[:, :width]
@@ -98,9 +115,14 @@ class ExpertChoice:
     """
 
     capacity: float = 1.0
-    scope: Literal["batch", "sequence"] = "batch"
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    scope: Scope = "batch"
+    score: Score = "sigmoid"
     weighting: Literal["probs", "one"] = "probs"
+
+    def __post_init__(self) -> None:
+        check_option("scope", self.scope, Scope)
+        check_option("score", self.score, Score)
+        check_option("weighting", self.weighting, Literal["probs", "one"])
 
     def __call__(self, logits_NE: Tensor, inp: RouteInput | None = None) -> RoutePlan:
         logits_NE = logits_NE.float()
@@ -130,8 +152,11 @@ class Random:
     """
 
     experts: int
-    draw: Literal["layer", "sequence", "token"] = "token"
+    draw: Draw = "token"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_option("draw", self.draw, Draw)
 
     def __call__(self, logits_NE: Tensor, inp: RouteInput) -> RoutePlan:
         seed = self.seed if inp.generator is None else inp.generator.initial_seed()

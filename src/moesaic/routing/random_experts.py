@@ -5,13 +5,10 @@ and the token's place, so every layer's plan is known before layer 0 and prefetc
 """
 
 from dataclasses import replace
-from typing import Literal
 
 from moesaic.routing.contract import Caps, RouteInput, RoutePlan, Router, RouterState
-from moesaic.routing.policies import Random
+from moesaic.routing.policies import Draw, Random
 from moesaic.routing.scorers import Nothing
-
-Draw = Literal["layer", "sequence", "token"]
 
 
 class RandomRouter(Router):

@@ -1,5 +1,7 @@
 """RMoE: the router's state is carried from layer to layer by one GRU cell (2408.06793, eq. 4-6)."""
 
+from dataclasses import replace
+
 from moesaic.routing.contract import Caps, Router
 from moesaic.routing.policies import TopK
 from moesaic.routing.scorers import Recurrent
@@ -14,4 +16,6 @@ class RecurrentRouter(Router):
     caps = Caps(reads=frozenset({"hidden", "previous_plan"}), precompute="hint")
 
     def __init__(self, width: int, experts: int, layers: int, *, k: int = 2, state_width: int = 128) -> None:
-        super().__init__(Recurrent(width, state_width, experts, layers), TopK(k, "renorm"))
+        policy = TopK(k, "renorm")
+        super().__init__(Recurrent(width, state_width, experts, layers), policy)
+        self.caps = replace(self.caps, trainable=policy.weighs)

@@ -5,6 +5,8 @@ weights: its router gets no gradient and a later token changes an earlier one's 
 `UnionRouter` is the trained, causal form: each token chooses, and weights carry the gradient.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ class UnionRouter(Router):
     caps = Caps(reads=frozenset({"hidden"}))
 
     def __init__(self, width: int, experts: int, layers: int, *, k: int = 2) -> None:
-        super().__init__(Linear(width, experts, layers), TopK(k, "renorm"))
+        policy = TopK(k, "renorm")
+        super().__init__(Linear(width, experts, layers), policy)
+        self.caps = replace(self.caps, trainable=policy.weighs)
         self.k = k
 
     def plan(self, inp: RouteInput, state: RouterState | None = None) -> tuple[RoutePlan, RouterState]:

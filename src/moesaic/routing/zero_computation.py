@@ -4,6 +4,8 @@ The pool has `experts` entries in the order FFN..., constant..., copy, zero (see
 token spend 0, 1 or 2 FFNs. Its balance loss weighs free experts by tau: `balance.LoadBalance(eta=...)`.
 """
 
+from dataclasses import replace
+
 from moesaic.routing.contract import Caps, Router
 from moesaic.routing.policies import TopK
 from moesaic.routing.scorers import Linear, Residual
@@ -17,6 +19,8 @@ class ZeroComputationRouter(Router):
     def __init__(self, width: int, experts: int, layers: int, *, k: int = 2, gating_residual: bool = True) -> None:
         scorer = Linear(width, experts, layers)
         super().__init__(Residual(scorer, layers) if gating_residual else scorer, TopK(k, "probs"))
+        if not gating_residual:
+            self.caps = replace(self.caps, reads=frozenset({"hidden"}), precompute="no")
 
 
 def heterogeneous_eta(ffn: int, free: int, tau: float = 0.75) -> list[float]:
