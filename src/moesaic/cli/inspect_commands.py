@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,10 +46,16 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
     expert: Annotated[int | None, typer.Option(help="Use this one expert for every token.")] = None,
+    decode: Annotated[
+        str | None, typer.Option(help="self-contrast: strong against weak routing, for mixtures.")
+    ] = None,
+    weak: Annotated[str, typer.Option(help="Self-contrast: the weak routing, rank:K or top:K.")] = "rank:2",
+    beta: Annotated[float, typer.Option(help="Self-contrast: its strength; tune it on held-out data.")] = 0.5,
+    alpha: Annotated[float, typer.Option(help="Self-contrast: least share of the best token's probability.")] = 0.1,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Continue PROMPT with a dense or refactored model; tokens of a refactored one are coloured by expert."""
+    """Continue PROMPT with a dense, refactored or routed model; tokens of a refactored one are coloured by expert."""
     import torch
 
     from moesaic.errors import MoesaicError
@@ -66,9 +72,22 @@ def generate(
     torch.manual_seed(seed)
     ids = _encode(tokenizer, prompt)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    extra = {} if expert is None else {"expert_index": expert}
+    extra: dict[str, Any] = {} if expert is None else {"expert_index": expert}
+    extra |= _decoding(decode, weak, beta, alpha)
     output = network.generate(ids, max_new_tokens=max_new_tokens, **sampling, **extra)
     _show(network, tokenizer, output, as_json, expert)
+
+
+def _decoding(decode: str | None, weak: str, beta: float, alpha: float) -> dict[str, Any]:
+    """What `generate` gets for --decode."""
+    from moesaic.errors import MoesaicError
+    from moesaic.models.self_contrast import SelfContrast
+
+    if decode is None:
+        return {}
+    if decode != "self-contrast":
+        raise MoesaicError(f"--decode {decode}: expected self-contrast, or no --decode for the usual decoding")
+    return {"custom_generate": SelfContrast(weak=weak, beta=beta, alpha=alpha)}
 
 
 def inspect(
