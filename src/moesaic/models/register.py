@@ -14,7 +14,9 @@ from types import ModuleType
 # transformers' module -> ours, which registers itself at its end.
 REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": ["moesaic.models.configuration_moesaic"],
-    "transformers.models.auto.modeling_auto": ["moesaic.models.modeling_moesaic", "moesaic.models.routed"],
+    "transformers.models.auto.modeling_auto": [
+        f"moesaic.models.{name}" for name in ("modeling_moesaic", "routed", "duo", "depth", "heads")
+    ],
 }
 
 
