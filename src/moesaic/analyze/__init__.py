@@ -1,1 +1,1 @@
-"""What a routed model does with its experts: measured, predicted, reported; nothing here changes a model."""
+"""What a routed model does with its experts: trained, measured, predicted, reported."""

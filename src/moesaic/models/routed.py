@@ -162,7 +162,8 @@ class RoutedForCausalLM(WrappedCausalLM):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None and padding_mask is not None and padding_mask.shape[1] > 1:
             position_ids = positions(input_ids, padding_mask, past)
-        self.last = call = RoutedCall(self.route_input(input_ids, padding_mask, position_ids, past))
+        inp = self.route_input(input_ids, padding_mask, position_ids, past)
+        self.last = call = RoutedCall(inp, {0: RouterState(time=past_key_values)})
         if position_ids is not None and self._backbone_takes_positions:
             kwargs["position_ids"] = position_ids
         with self.current.use(call):
