@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import MoesaicError
-from moesaic.models.ffn_sites import _decoder_layers
+from moesaic.models.ffn_sites import decoder_layers
 from moesaic.models.routed import RoutedForCausalLM
 from moesaic.routing.big_small import BIG, SMALL
 from moesaic.routing.contract import RoutePlan, Router
@@ -136,7 +136,7 @@ class _Layers:
     """The decoder layers of a model, one call at a time, on the arguments they get in a whole forward."""
 
     def __init__(self, model: RoutedForCausalLM, input_ids: Tensor, padding_mask: Tensor | None) -> None:
-        self.model, self.stack = model, _decoder_layers(model.backbone)[1]
+        self.model, self.stack = model, decoder_layers(model.backbone)[1]
         self.given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": padding_mask, "use_cache": False}
         if padding_mask is not None and model._backbone_takes_positions:
             self.given["position_ids"] = positions(input_ids, padding_mask, 0)

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from moesaic.cli import inspect_commands, refactor_commands
+from moesaic.cli import claims_commands, inspect_commands, refactor_commands, train_commands
 from moesaic.errors import MoesaicError
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended; typer turns the interrupt into it
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 refactor_commands.add_to(app)
 inspect_commands.add_to(app)
+claims_commands.add_to(app)
+train_commands.add_to(app)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from moesaic.errors import MoesaicError
 from moesaic.experts.bank import FFN, FFNBank, ModuleBank
 from moesaic.experts.pool import Pool
-from moesaic.models.ffn_sites import _decoder_layers
+from moesaic.models.ffn_sites import decoder_layers
 from moesaic.routing.contract import Router
 
 Activation = Callable[[Tensor], Tensor]
@@ -290,7 +290,7 @@ def initialisation_report(
 def _recorded(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """The hidden states before layer 0 (a leaf) and after each layer of the forward inside the block, in eval mode."""
     states: list[Tensor] = []
-    _, layers = _decoder_layers(model)
+    _, layers = decoder_layers(model)
 
     def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict]:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moesaic.balance.load_balance import LoadBalance
 from moesaic.errors import MoesaicError
 from moesaic.models.configuration_moesaic import RoutedConfig
-from moesaic.models.ffn_sites import _decoder_layers
+from moesaic.models.ffn_sites import decoder_layers
 from moesaic.models.routed import RoutedCall, RoutedForCausalLM
 from moesaic.routing.contract import Router
 from moesaic.routing.depth import AuxiliaryDepthRouter, DepthRouter
@@ -256,7 +256,7 @@ class DepthForCausalLM(PlannedForCausalLM):
         return AuxiliaryDepthRouter(main, width, layers) if auxiliary else main
 
     def place(self, dense: PreTrainedModel) -> None:
-        _, layers = _decoder_layers(dense)
+        _, layers = decoder_layers(dense)
         self.layers = len(layers)
         for number, place in enumerate(self.config.depth_layers):
             layers[place] = DepthLayer(layers[place], number, place, self)
@@ -332,7 +332,7 @@ def attach_depth(
     Raises MoesaicError if the model has no stack of decoder layers, or no layer would be wrapped.
     """
     dense = copy.deepcopy(dense)
-    places = list(range(start, len(_decoder_layers(dense)[1]), every))
+    places = list(range(start, len(decoder_layers(dense)[1]), every))
     if not places:
         raise MoesaicError(f"no layer to wrap: start = {start} is past the last layer")
     config = DepthConfig(

@@ -144,12 +144,13 @@ def find_ffn_sites(model: PreTrainedModel) -> list[FFNSite]:
     Raises MoesaicError if the model has no stack of decoder layers, or if a layer has no FFN of a known form; the
     message names the layer and what was found there.
     """
-    path, layers = _decoder_layers(model)
+    path, layers = decoder_layers(model)
     hidden = int(model.config.get_text_config(decoder=True).hidden_size)
     return [_find_in_layer(layer, f"{path}.{index}", hidden) for index, layer in enumerate(layers)]
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers; raises MoesaicError if there is no such list."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not stacks:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from moesaic.errors import MoesaicError
 from moesaic.models.configuration_moesaic import RoutedConfig
 from moesaic.models.depth import PlannedForCausalLM
-from moesaic.models.ffn_sites import _decoder_layers
+from moesaic.models.ffn_sites import decoder_layers
 from moesaic.models.routed import RoutedCall
 from moesaic.models.routes import Current
 from moesaic.routing.contract import RoutePlan, Router
@@ -128,7 +128,7 @@ def find_heads(model: PreTrainedModel) -> tuple[list[list[str]], int]:
     its output projection is the linear it calls last. Both are seen in a forward of two tokens, not guessed from names.
     Raises MoesaicError if a layer has no such block, or its width does not divide into the model's key-value heads.
     """
-    path, layers = _decoder_layers(model)
+    path, layers = decoder_layers(model)
     config = model.config.get_text_config(decoder=True)
     groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     called: list[tuple[str, int]] = []  # linears in the order they are called
