@@ -111,3 +111,15 @@ def test_internal_links_resolve(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link} leads nowhere"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page.name}: {link}: no such heading"
+
+
+@pytest.mark.parametrize("name", ["routed", "depth", "configuration_moesaic"])
+def test_a_model_module_may_be_the_first_import(name):
+    """Registration imports all of them: none may be half imported then."""
+    code = (
+        f"import moesaic.models.{name}\n"
+        "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as known\n"
+        "print(sorted(config.model_type for config in known._extra_content))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "moesaic" in done.stdout and "moesaic-routed" in done.stdout

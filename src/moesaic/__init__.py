@@ -11,7 +11,7 @@ Everything below is imported when first used, so that importing moesaic costs no
 import importlib
 from typing import Any
 
-from moesaic.models.register import register_auto_classes
+from moesaic.registration import register_auto_classes
 
 _EXPORTS = {
     "refactor": "moesaic.refactor.api",

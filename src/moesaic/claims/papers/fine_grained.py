@@ -147,7 +147,7 @@ CLAIM = Claim(
     },
     checks=(Check("deepseek_minus_gshard", below=0.0), Check("shared_off_minus_on", above=0.0)),
     files=("routing/fine_grained.py", "routing/policies.py", "experts/pool.py", "experts/bank.py"),
-    minutes=0.7,
+    minutes=0.3,
     run=run,
     text=False,
 )

@@ -123,7 +123,7 @@ CLAIM = Claim(
     },
     checks=(Check("mi_log2_ratio", above=1.0), Check("max_load_global", below=1.5)),
     files=("balance/load_balance.py", "routing/top_k.py"),
-    minutes=0.5,
+    minutes=0.3,
     run=run,
     text=False,
 )

@@ -147,7 +147,7 @@ CLAIM = Claim(
     },
     checks=(Check("grouped_minus_mixed", below=0.0), Check("mixed_minus_dense", below=0.0)),
     files=("routing/modality.py", "routing/policies.py"),
-    minutes=0.5,
+    minutes=0.3,
     run=run,
     text=False,
 )

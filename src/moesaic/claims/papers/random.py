@@ -95,6 +95,6 @@ CLAIM = Claim(
     },
     checks=(Check("kl_1_over_0", below=1.0), Check("kl_5_over_1", below=1.0)),
     files=("routing/random_experts.py", "routing/policies.py", "balance/router_losses.py"),
-    minutes=1.0,
+    minutes=0.9,
     run=run,
 )

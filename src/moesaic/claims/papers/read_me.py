@@ -98,6 +98,6 @@ CLAIM = Claim(
         Check("router_minus_oracle", below=0.03),
     ),
     files=("refactor/extract.py", "refactor/profile.py", "refactor/pregate.py", "routing/pregate.py"),
-    minutes=0.8,
+    minutes=0.6,
     run=run,
 )

@@ -84,6 +84,6 @@ CLAIM = Claim(
     },
     checks=(Check("mi_over_linear", above=0.0), Check("mi_over_no_passing", above=0.0)),
     files=("routing/recurrent.py", "routing/scorers.py", "routing/policies.py"),
-    minutes=1.0,
+    minutes=0.7,
     run=run,
 )

@@ -84,6 +84,6 @@ CLAIM = Claim(
         Check("over_line_strong", below=0.01),
     ),
     files=("routing/top_p.py", "routing/scorers.py", "routing/policies.py", "balance/router_losses.py"),
-    minutes=0.8,
+    minutes=0.6,
     run=run,
 )

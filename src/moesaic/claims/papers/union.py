@@ -104,6 +104,6 @@ CLAIM = Claim(
         Check("leak_released", above=0.01),
     ),
     files=("routing/union.py", "routing/policies.py", "experts/upcycle.py", "experts/bank.py"),
-    minutes=0.7,
+    minutes=0.6,
     run=run,
 )

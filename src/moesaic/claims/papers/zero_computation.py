@@ -85,6 +85,6 @@ CLAIM = Claim(
         Check("over_plain_tau75", below=0.03),
     ),
     files=("routing/zero_computation.py", "experts/free.py", "experts/pool.py", "balance/load_balance.py"),
-    minutes=0.8,
+    minutes=0.5,
     run=run,
 )
