@@ -113,13 +113,26 @@ def test_internal_links_resolve(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {link}: no such heading"
 
 
-@pytest.mark.parametrize("name", ["routed", "depth", "configuration_moesaic"])
-def test_a_model_module_may_be_the_first_import(name):
-    """Registration imports all of them: none may be half imported then."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import moesaic.models.routed",
+        "import moesaic.models.depth",
+        "import moesaic.configuration",
+        "import moesaic; from transformers import PreTrainedModel",
+        "import moesaic; from transformers import AutoConfig",
+        "import transformers; from transformers import AutoModelForCausalLM; import moesaic",
+        "import moesaic; moesaic.attach_router",
+    ],
+)
+def test_any_import_may_be_the_first(first):
+    """Registration imports modules that import transformers, and back: none may be half imported then."""
     code = (
-        f"import moesaic.models.{name}\n"
+        f"{first}\n"
+        "from transformers import AutoModelForCausalLM, AutoConfig\n"
         "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as known\n"
         "print(sorted(config.model_type for config in known._extra_content))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "moesaic" in done.stdout and "moesaic-routed" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "moesaic" in done.stdout and "moesaic-routed" in done.stdout and "moesaic-heads" in done.stdout

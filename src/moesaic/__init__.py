@@ -20,7 +20,7 @@ _EXPORTS = {
     "Refactoring": "moesaic.refactor.pipeline",
     "RefactorConfig": "moesaic.refactor.settings",
     "HealConfig": "moesaic.refactor.heal",
-    "MoesaicConfig": "moesaic.models.configuration_moesaic",
+    "MoesaicConfig": "moesaic.configuration",
     "MoesaicForCausalLM": "moesaic.models.modeling_moesaic",
     "attach": "moesaic.models.attach",
     "attach_router": "moesaic.models.routed",

@@ -13,7 +13,7 @@ from types import ModuleType
 
 # transformers' module -> ours, which registers itself at its end.
 REGISTRATIONS = {
-    "transformers.models.auto.configuration_auto": ["moesaic.models.configuration_moesaic"],
+    "transformers.models.auto.configuration_auto": ["moesaic.configuration"],
     "transformers.models.auto.modeling_auto": [
         f"moesaic.models.{name}" for name in ("modeling_moesaic", "routed", "duo", "depth", "heads")
     ],

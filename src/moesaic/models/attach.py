@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moesaic.configuration import MoesaicConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.channel_blocks import layout_from_masks
-from moesaic.models.configuration_moesaic import MoesaicConfig
 from moesaic.models.ffn_sites import find_ffn_sites, get_ffn_weights
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.routing.pregate import PreGateConfig

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moesaic.balance.load_balance import LoadBalance
+from moesaic.configuration import DepthConfig, RoutedConfig
 from moesaic.errors import MoesaicError
-from moesaic.models.configuration_moesaic import RoutedConfig
 from moesaic.models.ffn_sites import decoder_layers
 from moesaic.models.routed import RoutedCall, RoutedForCausalLM
 from moesaic.routing.contract import Router
@@ -59,16 +59,6 @@ def use_router(model: RoutedForCausalLM, router: Router) -> None:
     for module in model.backbone.modules():
         if isinstance(getattr(module, "router", None), list):  # layers keep it in a list, so as not to own it
             module.router[0] = router
-
-
-class DepthConfig(RoutedConfig):
-    """router: options of DepthRouter, and "auxiliary": true once one is fitted. depth_layers: which layers may skip."""
-
-    model_type = "moesaic-depth"
-
-    def __init__(self, depth_layers: list[int] | None = None, **kwargs: Any) -> None:
-        self.depth_layers = depth_layers or []
-        super().__init__(**kwargs)
 
 
 class DepthCacheLayer(DynamicLayer):
@@ -346,5 +336,4 @@ def attach_depth(
     return model.train(dense.training)
 
 
-AutoConfig.register(DepthConfig.model_type, DepthConfig, exist_ok=True)
 AutoModelForCausalLM.register(DepthConfig, DepthForCausalLM, exist_ok=True)

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moesaic.configuration import DuoConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.bank import FFN, ModuleBank
 from moesaic.experts.channel_blocks import FFNWeights
 from moesaic.experts.free import Zero
 from moesaic.experts.pool import Pool
 from moesaic.experts.upcycle import fill_copies
-from moesaic.models.configuration_moesaic import RoutedConfig
 from moesaic.models.depth import PlannedForCausalLM
 from moesaic.models.ffn_sites import FFNSite, find_ffn_sites, get_ffn_weights, replace_ffn
 from moesaic.models.routed import ExpertLayer
@@ -29,15 +29,6 @@ from moesaic.routing.family import build_router
 STAGE_ONE = {"name": "random", "train_draw": "token", "eval_draw": "token"}
 
 Small = Literal["first", "important", "random"]
-
-
-class DuoConfig(RoutedConfig):
-    """pool: {"small": width of the small FFNs, "skip": is there a third choice, "train_skip": see attach_duo}."""
-
-    model_type = "moesaic-duo"
-
-    def __init__(self, **kwargs: Any) -> None:  # written out: transformers would generate another one
-        super().__init__(**kwargs)
 
 
 class DuoForCausalLM(PlannedForCausalLM):
@@ -156,5 +147,4 @@ def _rows(weights: FFNWeights, kept: Tensor) -> FFNWeights:
     )
 
 
-AutoConfig.register(DuoConfig.model_type, DuoConfig, exist_ok=True)
 AutoModelForCausalLM.register(DuoConfig, DuoForCausalLM, exist_ok=True)

@@ -14,27 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from moesaic.configuration import HeadsConfig
 from moesaic.errors import MoesaicError
-from moesaic.models.configuration_moesaic import RoutedConfig
 from moesaic.models.depth import PlannedForCausalLM
 from moesaic.models.ffn_sites import decoder_layers
 from moesaic.models.routed import RoutedCall
 from moesaic.models.routes import Current
 from moesaic.routing.contract import RoutePlan, Router
 from moesaic.routing.family import build_router
-
-
-class HeadsConfig(RoutedConfig):
-    """places: per decoder layer [attention, output projection], names from the root; groups: head groups G."""
-
-    model_type = "moesaic-heads"
-
-    def __init__(self, places: list[list[str]] | None = None, groups: int = 0, **kwargs: Any) -> None:
-        self.places, self.groups = places or [], groups
-        super().__init__(**kwargs)
 
 
 class HeadOutput(nn.Module):
@@ -188,5 +178,4 @@ def attach_heads(dense: PreTrainedModel, router: str | dict[str, Any] | Router |
     return model.train(dense.training)
 
 
-AutoConfig.register(HeadsConfig.model_type, HeadsConfig, exist_ok=True)
 AutoModelForCausalLM.register(HeadsConfig, HeadsForCausalLM, exist_ok=True)

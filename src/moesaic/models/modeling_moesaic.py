@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from moesaic.configuration import MoesaicConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.channel_blocks import BlockLayout, ChannelBlocks, TokenGroups
-from moesaic.models.configuration_moesaic import MoesaicConfig
 from moesaic.models.ffn_sites import FFNSite, build_blocks, replace_ffn
 from moesaic.models.routes import RoutedFFN, expand
 from moesaic.models.wrapper import WrappedCausalLM

@@ -18,12 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moesaic.balance.load_balance import LoadBalance
 from moesaic.balance.router_losses import router_entropy, z_loss
+from moesaic.configuration import RoutedConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.bank import FFNBank
 from moesaic.experts.free import free_experts
 from moesaic.experts.pool import Pool
 from moesaic.experts.upcycle import fill_copies, fill_slices
-from moesaic.models.configuration_moesaic import RoutedConfig
 from moesaic.models.ffn_sites import FFNSite, find_ffn_sites, get_ffn_weights, replace_ffn
 from moesaic.models.wrapper import WrappedCausalLM
 from moesaic.routing.contract import RouteInput, RoutePlan, Router, RouterState

@@ -129,5 +129,34 @@ class RoutedConfig(WrappedConfig):
         super().__init__(base_config, moesaic_format, **kwargs)
 
 
-for config in (MoesaicConfig, RoutedConfig):
+class DuoConfig(RoutedConfig):
+    """pool: {"small": width of the small FFNs, "skip": is there a third choice, "train_skip": see attach_duo}."""
+
+    model_type = "moesaic-duo"
+
+    def __init__(self, **kwargs: Any) -> None:  # written out: transformers would generate another one
+        super().__init__(**kwargs)
+
+
+class DepthConfig(RoutedConfig):
+    """router: options of DepthRouter, and "auxiliary": true once one is fitted. depth_layers: which layers may skip."""
+
+    model_type = "moesaic-depth"
+
+    def __init__(self, depth_layers: list[int] | None = None, **kwargs: Any) -> None:
+        self.depth_layers = depth_layers or []
+        super().__init__(**kwargs)
+
+
+class HeadsConfig(RoutedConfig):
+    """places: per decoder layer [attention, output projection], names from the root; groups: head groups G."""
+
+    model_type = "moesaic-heads"
+
+    def __init__(self, places: list[list[str]] | None = None, groups: int = 0, **kwargs: Any) -> None:
+        self.places, self.groups = places or [], groups
+        super().__init__(**kwargs)
+
+
+for config in (MoesaicConfig, RoutedConfig, DuoConfig, DepthConfig, HeadsConfig):
     AutoConfig.register(config.model_type, config, exist_ok=True)
