@@ -23,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     out: options.Out = Path("moesaic-demo"),
-    tokens: Annotated[int, typer.Option(help="Healing tokens.")] = 250_000,
+    tokens: Annotated[int, typer.Option(help="Healing tokens.")] = 180_000,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an earlier run in --out.")] = False,
     seed: options.Seed = 0,
     as_json: options.Json = False,
