@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from families import tiny
 from moesaic.errors import MoesaicError
@@ -320,3 +320,11 @@ def test_names_and_options_are_checked():
         build_router("recurent", WIDTH, EXPERTS, LAYERS)
     with pytest.raises(MoesaicError, match="no option 'kk'"):
         build_router("top-k", WIDTH, EXPERTS, LAYERS, kk=1)
+
+
+def test_a_bf16_model_comes_back_in_bf16_with_its_router_in_fp32(tmp_path):
+    model = attach_router(tiny("llama").to(torch.bfloat16), "recurrent", experts=3)
+    model.save_pretrained(tmp_path)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert stored.dtype == torch.bfloat16 and stored.pools()[0].bank.down.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in stored.router.parameters()} == {torch.float32}

@@ -35,10 +35,11 @@ class PlannedForCausalLM(RoutedForCausalLM):
     ) -> None:
         super(RoutedForCausalLM, self).__init__(config)
         dense = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.base_config)
+        self.backbone = dense  # before the router, which is always fp32: a model's dtype is that of its first parameter
         self.modality, self.last, self.step, self.balance = None, None, 0, LoadBalance()
         self.router = router if router is not None else self.make_router(dense)
         self.place(dense)
-        self.adopt(dense)
+        self.ready()
 
     @abstractmethod
     def make_router(self, dense: PreTrainedModel) -> Router:

@@ -45,11 +45,12 @@ class MoesaicForCausalLM(WrappedCausalLM):
     def __init__(self, config: MoesaicConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         dense = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.base_config)
+        self.backbone = dense  # before the router, which is always fp32: a model's dtype is that of its first parameter
         for raw_site, raw_layout in zip(config.sites, config.layouts, strict=True):
             site, layout = FFNSite.from_dict(raw_site), BlockLayout.from_list(raw_layout)
             replace_ffn(dense, site, RoutedFFN(build_blocks(dense, site, layout), self.current))
         self.pregate = PreGate(PreGateConfig(**config.pregate)) if config.pregate else None
-        self.adopt(dense)
+        self.ready()
 
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config.base_config, "initializer_range", 0.02)

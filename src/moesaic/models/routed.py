@@ -80,6 +80,7 @@ class RoutedForCausalLM(WrappedCausalLM):
     ) -> None:
         super().__init__(config)
         dense = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.base_config)
+        self.backbone = dense  # before the router, which is always fp32: a model's dtype is that of its first parameter
         sites = [FFNSite.from_dict(site) for site in config.sites]
         pools = [build_pool(config.pool, dense, site) for site in sites]
         if router is None:
@@ -96,7 +97,7 @@ class RoutedForCausalLM(WrappedCausalLM):
         self.step = 0
         self.last: RoutedCall | None = None
         self.balance = LoadBalance()
-        self.adopt(dense)
+        self.ready()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FFNBank):

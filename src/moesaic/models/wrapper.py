@@ -37,9 +37,9 @@ class WrappedCausalLM(PreTrainedModel, GenerationMixin):
             )
         self.current: Current[Any] = Current()
 
-    def adopt(self, dense: PreTrainedModel) -> None:
-        """Take `dense`, whose layers are replaced already, as the backbone; the last thing a constructor does."""
-        self.backbone = dense
+    def ready(self) -> None:
+        """The last thing a constructor does, when the backbone's layers are replaced."""
+        dense = self.backbone
         self._backbone_takes_positions = "position_ids" in inspect.signature(dense.forward).parameters
         self._no_split_modules = getattr(dense, "_no_split_modules", None)
         self.post_init()
