@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from moesaic import HealConfig, RefactorConfig, pocket_path
+from moesaic.claims.verdict import t_interval
 from moesaic.refactor.api import prepare
 from moesaic.refactor.receipts import environment
 
@@ -59,11 +58,10 @@ def run(config: RefactorConfig, model: str, domains: list[str] | None, out: Path
 
 def interval(values: list[float]) -> list[float]:
     """Mean and 95 % t-interval; the interval is the mean itself for one value."""
-    mean = float(np.mean(values))
     if len(values) < 2:
-        return [mean, mean, mean]
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return [mean, mean - half, mean + half]
+        return [values[0]] * 3
+    result = t_interval(values)
+    return [result.mean, result.low, result.high]
 
 
 def summarise(receipts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import transformers as t
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from families import COMMON
 from moesaic.analyze.pregate_distillation import (
     DistillationConfig,
     RecordedPlans,
@@ -35,18 +36,7 @@ from moesaic.routing.policies import TopK, TopP
 from moesaic.routing.predicted_plan import PredictedPlanRouter
 
 V, E, L, K = 48, 6, 3, 2
-COMMON = dict(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=L,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SHAPE = {**COMMON, "vocab_size": V, "num_hidden_layers": L}
 TRUNK = {"width": 32, "mlp_width": 32, "heads": 2, "layers": 1}
 
 
@@ -59,7 +49,7 @@ def large(model: torch.nn.Module) -> torch.nn.Module:
 
 def routed(router: str = "top-k", **options: object) -> RoutedForCausalLM:
     torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON))
+    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**SHAPE))
     return large(attach_router(dense, {"name": router, **options}, experts=E))
 
 
@@ -71,7 +61,7 @@ def stock(name: str) -> torch.nn.Module:
         "glm4": ("Glm4MoeConfig", dict(n_routed_experts=E, moe_intermediate_size=16, n_group=1, topk_group=1)),
     }[name]
     extra = {"first_k_dense_replace": 0} if name == "glm4" else {}
-    config = getattr(t, options[0])(**COMMON, **options[1], **extra, num_experts_per_tok=K)
+    config = getattr(t, options[0])(**SHAPE, **options[1], **extra, num_experts_per_tok=K)
     return large(AutoModelForCausalLM.from_config(config))
 
 
@@ -329,7 +319,7 @@ class ByToken(Router):
 
 def test_a_pregate_learns_and_reports(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON))
+    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**SHAPE))
     model = attach_router(dense, ByToken(), experts=E, noise=0.5).eval()
     known, unseen = record(model, batches(40)), record(model, batches(8, seed=1))
     config = DistillationConfig(steps=240, lr=2e-2, trunk=TRUNK, checkpoint_every=240)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from families import tiny
+from moesaic.balance.information import mutual_information
 from moesaic.data.tokens import DomainTokens
 from moesaic.models.attach import attach
 from moesaic.models.ffn_sites import find_ffn_sites
@@ -20,7 +21,6 @@ from moesaic.refactor.quality import (
     measure_bytes,
     measure_quality,
     measure_router,
-    mutual_information,
     paired_interval,
     window_losses,
 )
@@ -224,7 +224,7 @@ def test_router_statistics_equal_a_count_by_hand(dense, moe, domains):
     shares = np.array(chosen) / np.array(chosen).sum(1, keepdims=True)
     assert np.array(result["confusion"]) == pytest.approx(shares.T, rel=1e-5), "rows are experts, columns domains"
     assert result["domain_accuracy"] == pytest.approx(np.diag(shares).mean(), rel=1e-5)
-    assert result["layer_mutual_information"] == pytest.approx([mutual_information(joint)])
+    assert result["layer_mutual_information"] == pytest.approx([mutual_information(joint, corrected=False)])
 
 
 @pytest.mark.parametrize(
@@ -240,14 +240,14 @@ def test_router_statistics_equal_a_count_by_hand(dense, moe, domains):
     ],
 )
 def test_mutual_information_by_hand(table, nats):
-    assert mutual_information(torch.tensor(table).float()) == pytest.approx(nats, abs=1e-9)
+    assert mutual_information(torch.tensor(table).float(), corrected=False) == pytest.approx(nats, abs=1e-9)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=3, max_size=3))
 def test_mutual_information_is_symmetric_and_bounded_by_entropy(table):
     joint = torch.tensor(table).float()
-    information = mutual_information(joint)
-    assert information == pytest.approx(mutual_information(joint.T), abs=1e-9)
+    information = mutual_information(joint, corrected=False)
+    assert information == pytest.approx(mutual_information(joint.T, corrected=False), abs=1e-9)
     p = joint.sum(1).double() / max(1.0, float(joint.sum()))
     assert -1e-9 <= information <= float(-(p * p.clamp_min(1e-300).log()).sum()) + 1e-9
 

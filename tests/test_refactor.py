@@ -22,15 +22,14 @@ from moesaic.refactor.cluster import cluster_domains, signatures
 from moesaic.refactor.extract import extract, extract_pruned, keep_per_layer, ownership, top_channels
 from moesaic.refactor.heal import (
     HealConfig,
-    distillation_loss,
     expert_step,
     heal,
-    next_token_loss,
     train_experts,
     train_router,
 )
 from moesaic.refactor.pregate import OverlapTeacher, overlap_target, router_loss, router_step
 from moesaic.refactor.profile import Profile, profile
+from moesaic.training.losses import distillation_loss, next_token_loss
 
 PAD = 0
 NAMES = ["a", "b", "c"]

@@ -11,14 +11,12 @@ from moesaic.analyze.router_metrics import (
     RouteCounts,
     cost_report,
     count_routes,
-    entropy,
     first_choice,
     measure_router,
-    mutual_information,
-    next_token_loss,
-    normalised_information,
+    next_token_sum,
     route_report,
 )
+from moesaic.balance.information import entropy, mutual_information, normalised_information
 from moesaic.data.tokens import DomainTokens
 from moesaic.errors import MoesaicError
 from moesaic.models.routed import attach_router
@@ -106,10 +104,10 @@ def test_one_layer_has_no_neighbours() -> None:
     assert route_report({"a": counts})["adjacent_layers_information"] == []
 
 
-def test_next_token_loss_leaves_out_padding() -> None:
+def test_next_token_sum_leaves_out_padding() -> None:
     logits, ids = torch.randn(2, 4, 5), torch.randint(5, (2, 4))
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
-    total, count = next_token_loss(logits, ids, mask)
+    total, count = next_token_sum(logits, ids, mask)
     pairs = [(0, 1), (0, 2), (1, 0)]
     expected = sum(-float(logits[b, s].log_softmax(-1)[ids[b, s + 1]]) for b, s in pairs)
     assert count == 3 and float(total) == pytest.approx(expected, rel=1e-5)
@@ -147,7 +145,7 @@ def test_measures_of_a_model_are_those_of_its_forwards() -> None:
     used = [float(p.used.sum(-1).float().mean()) for p in model.plans()]
     assert found["experts_per_token"] == pytest.approx(used)
     assert any(1 < value < 4 for value in used), "top-p is ragged here"
-    loss = float(next_token_loss(logits, ids)[0]) / (6 * 15)
+    loss = float(next_token_sum(logits, ids)[0]) / (6 * 15)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["bits_per_byte"]["d0"] == pytest.approx(found["loss_by_domain"]["d0"] / 2 / math.log(2))
     scores = model.plans()[1].scores

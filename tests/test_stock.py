@@ -8,6 +8,7 @@ import transformers as t
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from families import COMMON
 from moesaic.errors import MoesaicError
 from moesaic.models.routed import RoutedForCausalLM, attach_router
 from moesaic.models.stock import (
@@ -27,18 +28,7 @@ from moesaic.routing.recurrent import RecurrentRouter
 from moesaic.routing.top_k import TopKRouter
 
 E, K, D = 4, 2, 32
-COMMON = dict(
-    vocab_size=64,
-    hidden_size=D,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SHAPE = {**COMMON, "vocab_size": 64}
 DEEPSEEK = dict(
     moe_intermediate_size=16,
     n_routed_experts=E,
@@ -72,7 +62,7 @@ def tiny(family: str, **changes: object) -> PreTrainedModel:
     """A random mixture whose experts and gates all matter."""
     torch.manual_seed(0)
     name, options, _ = FAMILIES[family]
-    config = getattr(t, name)(**{**COMMON, **options, "num_experts_per_tok": K, **changes})
+    config = getattr(t, name)(**{**SHAPE, **options, "num_experts_per_tok": K, **changes})
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -82,7 +72,7 @@ def tiny(family: str, **changes: object) -> PreTrainedModel:
 
 def routed() -> RoutedForCausalLM:
     torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON)).eval()
+    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**SHAPE)).eval()
     return attach_router(dense, {"name": "recurrent", "state_width": 8}, experts=E, noise=0.5)
 
 
@@ -198,10 +188,10 @@ def _broken(layer: int, plan: RoutePlan) -> RoutePlan:
 
 
 def test_what_is_no_mixture_is_refused(ids: Tensor) -> None:
-    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON))
+    dense = AutoModelForCausalLM.from_config(t.LlamaConfig(**SHAPE))
     with pytest.raises(MoesaicError, match="no mixture of experts"):
         find_stock_gates(dense)
-    llama4 = t.Llama4TextConfig(**COMMON, num_local_experts=E, num_experts_per_tok=1, intermediate_size_mlp=48)
+    llama4 = t.Llama4TextConfig(**SHAPE, num_local_experts=E, num_experts_per_tok=1, intermediate_size_mlp=48)
     model = AutoModelForCausalLM.from_config(llama4)
     with record_plans(model), pytest.raises(MoesaicError, match="another contract"):
         model(ids)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.analyze.router_metrics import next_token_loss
+from moesaic.analyze.router_metrics import next_token_sum
 from moesaic.errors import MoesaicError
 from moesaic.models.stock import override_plans, record_plans, replay_plans
 from moesaic.routing.contract import EMPTY, RouteInput, RoutePlan
@@ -351,7 +351,7 @@ def loss(model: Any, batches: Sequence[Batch], under: Callable[[Batch], Any] | N
     for batch in batches:
         with nullcontext() if under is None else under(batch):
             logits = model(**model_inputs(model, batch)).logits.cpu()
-        value, pairs = next_token_loss(logits, batch["input_ids"], batch.get("attention_mask"))
+        value, pairs = next_token_sum(logits, batch["input_ids"], batch.get("attention_mask"))
         total, count = total + float(value), count + pairs
     return total / max(1, count)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moesaic.analyze.router_metrics import measure_router, next_token_loss
+from moesaic.analyze.router_metrics import measure_router, next_token_sum
 from moesaic.balance.load_balance import LoadBalance
 from moesaic.balance.router_losses import consistency_loss
 from moesaic.data.sources import load_domains
@@ -304,7 +304,7 @@ class RoutedLoss:
         for draw in range(self.forwards):
             model.step = self.forwards * self.step + draw
             logits.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
-        losses = [total / max(1, count) for total, count in (next_token_loss(each, ids, mask) for each in logits)]
+        losses = [total / max(1, count) for total, count in (next_token_sum(each, ids, mask) for each in logits)]
         result: dict[str, Any] = {"lm": torch.stack(losses).mean(), **model.losses(self.names)}
         assert model.last is not None
         valid_N = model.last.inp.valid

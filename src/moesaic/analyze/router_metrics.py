@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.balance.information import entropy, mutual_information, normalised_information
 from moesaic.balance.load_balance import expert_counts
 from moesaic.balance.router_losses import router_entropy
 from moesaic.data.tokens import DomainTokens
@@ -25,34 +26,14 @@ from moesaic.errors import MoesaicError
 from moesaic.models.routed import RoutedForCausalLM
 from moesaic.progress import track
 from moesaic.routing.contract import RoutePlan
+from moesaic.training.losses import next_token_targets
 
 
-def next_token_loss(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, int]:
-    """Summed cross-entropy of token t + 1 given tokens <= t, nats, and how many pairs of two valid tokens it sums."""
-    target = ids_BS[:, 1:]
-    if mask_BS is not None:
-        target = target.masked_fill((mask_BS[:, 1:] * mask_BS[:, :-1]) == 0, -100)
+def next_token_sum(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the next tokens, nats, and how many pairs of two valid tokens it sums."""
+    target = next_token_targets(ids_BS, mask_BS)
     loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="sum")
     return loss, int((target != -100).sum())
-
-
-def entropy(counts: Tensor) -> float:
-    """Entropy of what was counted, nats, Miller-Madow corrected; 0 for nothing."""
-    counts = counts.flatten().double()
-    counts = counts[counts > 0]
-    share = counts / counts.sum()
-    return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * counts.sum())) if len(counts) else 0.0
-
-
-def mutual_information(table: Tensor) -> float:
-    """I(row; column) of a table of counts, nats: H(row) + H(column) - H(cell), each corrected."""
-    return entropy(table.sum(1)) + entropy(table.sum(0)) - entropy(table)
-
-
-def normalised_information(table: Tensor) -> float:
-    """2 I / (H(row) + H(column)): 0 for independence, 1 where each tells the other; 0 where neither varies."""
-    total = entropy(table.sum(1)) + entropy(table.sum(0))
-    return 2 * mutual_information(table) / total if total > 0 else 0.0
 
 
 def first_choice(plan: RoutePlan) -> Tensor:
@@ -176,7 +157,7 @@ def measure_router(
         total, predicted, parts = 0.0, 0, []
         for ids in ids_nS.split(batch_size):
             logits, took = _timed(model, ids)
-            loss, number = next_token_loss(logits, ids)
+            loss, number = next_token_sum(logits, ids)
             total, predicted, seconds = total + float(loss), predicted + number, seconds + took
             assert model.last is not None
             parts.append(count_routes(model.plans(), model.last.inp.valid, experts))

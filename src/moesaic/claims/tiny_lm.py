@@ -246,8 +246,3 @@ def evaluate(
         losses.append(float(next_loss(out, ids)))
         outputs.append(out)
     return sum(losses) / len(losses), outputs
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Trained and frozen parameters alike."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.refactor.pregate import OverlapTeacher, RouterLoss, router_step
 from moesaic.refactor.profile import padded_inputs
 from moesaic.training.loop import train
+from moesaic.training.losses import distillation_loss, next_token_loss
 from moesaic.training.schedule import Stage
 
 PAPER_WIDTH, PAPER_LR = 4096, 5e-5  # Read-ME's expert stage: hidden size and learning rate
@@ -110,21 +110,6 @@ class HealConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
-
-
-def next_token_loss(logits_BSV: Tensor, ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of token t+1 given tokens <= t, padding on either side excluded, nats."""
-    target = ids_BS[:, 1:]
-    if mask_BS is not None:  # the first token after left padding has nothing to be predicted from
-        target = target.masked_fill((mask_BS[:, 1:] * mask_BS[:, :-1]) == 0, -100)
-    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), target.flatten())
-
-
-def distillation_loss(logits_BSV: Tensor, teacher_BSV: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """Mean KL(teacher || student) per valid token, nats."""
-    student, teacher = logits_BSV.float().log_softmax(-1), teacher_BSV.float().log_softmax(-1)
-    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    return divergence.mean() if mask_BS is None else divergence[mask_BS.bool()].mean()
 
 
 def expert_step(

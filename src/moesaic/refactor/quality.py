@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moesaic.balance.information import mutual_information
 from moesaic.data.tokens import DomainTokens
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.progress import Progress
@@ -205,16 +206,9 @@ def measure_router(
         "load": load.tolist(),
         "entropy": float(-(load * load.clamp_min(1e-12).log()).sum()),
         "max_entropy": math.log(experts),
-        "layer_mutual_information": [mutual_information(pair) for pair in pairs],
+        "layer_mutual_information": [mutual_information(pair, corrected=False) for pair in pairs],
         "confusion": shares.T.tolist(),
     }
-
-
-def mutual_information(joint: Tensor) -> float:
-    """I(X; Y) in nats of a table of counts."""
-    p = joint.double() / joint.sum().clamp_min(1)
-    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
-    return float((p * (p.clamp_min(1e-300) / independent.clamp_min(1e-300)).log()).sum())
 
 
 def measure_bytes(dense: PreTrainedModel, moe: MoesaicForCausalLM, dtype: torch.dtype) -> dict[str, Any]:

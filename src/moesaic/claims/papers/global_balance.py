@@ -89,14 +89,14 @@ def specialisation(out: "Output", labels: "Tensor") -> tuple[float, float]:
     """Mean over layers of I(domain; expert), nats; and the largest load of all layers, 1 = even."""
     import torch
 
+    from moesaic.balance.information import mutual_information
     from moesaic.balance.load_balance import expert_load
-    from moesaic.refactor.quality import mutual_information
 
     domain = labels[out.inputs[0].seq, None]
     joint = [
         torch.bincount((domain * EXPERTS + plan.index).flatten(), minlength=DOMAINS * EXPERTS) for plan in out.plans
     ]
-    information = [mutual_information(table.view(DOMAINS, EXPERTS)) for table in joint]
+    information = [mutual_information(table.view(DOMAINS, EXPERTS), corrected=False) for table in joint]
     load = max(float(expert_load(plan.index, EXPERTS).max()) for plan in out.plans) * EXPERTS
     return sum(information) / len(information), load
 

@@ -51,12 +51,12 @@ def adjacent_information(parts: Sequence[Sequence["Tensor | None"]]) -> float:
     """
     import torch
 
-    from moesaic.refactor.quality import mutual_information
+    from moesaic.balance.information import mutual_information
 
     layers = [torch.cat([part[layer].flatten() for part in parts]) for layer in range(len(parts[0]))]  # type: ignore[union-attr]
     bins = [values.argsort().argsort() * BINS // len(values) for values in layers]
     joint = [torch.bincount(a * BINS + b, minlength=BINS**2) for a, b in itertools.pairwise(bins)]
-    return sum(mutual_information(table.view(BINS, BINS)) for table in joint) / len(joint)
+    return sum(mutual_information(table.view(BINS, BINS), corrected=False) for table in joint) / len(joint)
 
 
 CLAIM = Claim(
