@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moesaic.balance.load_balance import LoadBalance
 from moesaic.configuration import DepthConfig, RoutedConfig
@@ -252,39 +251,18 @@ class DepthForCausalLM(PlannedForCausalLM):
         for number, place in enumerate(self.config.depth_layers):
             layers[place] = DepthLayer(layers[place], number, place, self)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """As RoutedForCausalLM.forward."""
+    def make_cache(self, cache: Cache | None, options: dict[str, Any]) -> Cache | None:
+        """A DynamicCache whose depth layers know which tokens they hold."""
         for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
+            if options.get(name):
                 raise MoesaicError(f"{name} is not available in a depth model: its layers see only some of the tokens")
-        caching = kwargs.get("use_cache", getattr(self.config.base_config, "use_cache", False)) and not self.training
-        if past_key_values is None and caching:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            self.prepare_cache(past_key_values)
-        kwargs["use_cache"] = past_key_values is not None
-        return super().forward(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            labels,
-            padding_mask,
-            return_dict,
-            **kwargs,
-        )
+        caching = options.get("use_cache", getattr(self.config.base_config, "use_cache", False)) and not self.training
+        if cache is None and caching:
+            cache = DynamicCache()
+        if cache is not None:
+            self.prepare_cache(cache)
+        options["use_cache"] = cache is not None
+        return cache
 
     def prepare_cache(self, cache: Cache) -> None:
         """Give an empty cache the layers this model needs; sliding layers become full ones, their masks stay."""

@@ -17,7 +17,7 @@ from moesaic.models.routes import RoutedFFN, expand
 from moesaic.models.wrapper import WrappedCausalLM
 from moesaic.routing.contract import RoutePlan
 from moesaic.routing.policies import fixed
-from moesaic.routing.pregate import PreGate, PreGateConfig, positions
+from moesaic.routing.pregate import PreGate, PreGateConfig
 
 
 @dataclass
@@ -115,17 +115,13 @@ class MoesaicForCausalLM(WrappedCausalLM):
 
         Raises MoesaicError when only `inputs_embeds` is given: the pre-gate reads token ids.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise MoesaicError("a moesaic model routes by token ids: pass input_ids, not inputs_embeds")
+        input_ids, padding_mask, position_ids = self.tokens(
+            input_ids, inputs_embeds, attention_mask, padding_mask, position_ids
+        )
         batch, length = input_ids.shape
         if use_cache is None:
             use_cache = bool(getattr(self.config.base_config, "use_cache", True)) and not self.training
         cache = self._checked_cache(past_key_values, use_cache)
-        if padding_mask is None and attention_mask is not None and attention_mask.ndim == 2:
-            padding_mask = attention_mask
-        if position_ids is None and padding_mask is not None and padding_mask.shape[1] > 1:
-            position_ids = positions(input_ids, padding_mask, padding_mask.shape[1] - length)
-
         if expert_index is not None:
             plan = fixed(expand(expert_index, batch, length, input_ids.device))
         else:

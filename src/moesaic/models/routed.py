@@ -140,6 +140,10 @@ class RoutedForCausalLM(WrappedCausalLM):
         inp.phase = "train" if self.training else "decode" if past else "eval"
         return inp
 
+    def make_cache(self, cache: Cache | None, options: dict[str, Any]) -> Cache | None:
+        """The cache of a forward with these other arguments; models whose layers store something else override it."""
+        return cache
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -156,13 +160,11 @@ class RoutedForCausalLM(WrappedCausalLM):
 
         Raises MoesaicError when only `inputs_embeds` is given: routers may read token ids.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise MoesaicError("a routed model needs token ids: pass input_ids, not inputs_embeds")
-        if padding_mask is None and attention_mask is not None and attention_mask.ndim == 2:
-            padding_mask = attention_mask
+        input_ids, padding_mask, position_ids = self.tokens(
+            input_ids, inputs_embeds, attention_mask, padding_mask, position_ids
+        )
+        past_key_values = self.make_cache(past_key_values, kwargs)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if position_ids is None and padding_mask is not None and padding_mask.shape[1] > 1:
-            position_ids = positions(input_ids, padding_mask, past)
         inp = self.route_input(input_ids, padding_mask, position_ids, past)
         self.last = call = RoutedCall(inp, {0: RouterState(time=past_key_values)})
         if position_ids is not None and self._backbone_takes_positions:

@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from moesaic.errors import MoesaicError
 from moesaic.models.checkpoint import save_checkpoint, verify_checkpoint
 from moesaic.models.routes import Current
+from moesaic.routing.pregate import positions
 
 
 class WrappedCausalLM(PreTrainedModel, GenerationMixin):
@@ -45,6 +46,26 @@ class WrappedCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
         if dense.generation_config is not None:
             self.generation_config = dense.generation_config
+
+    def tokens(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Ids, 2-D padding mask and positions of a forward's new tokens, as far as they are given or follow.
+
+        Raises MoesaicError when only `inputs_embeds` is given: routers read token ids.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise MoesaicError("a moesaic model routes by token ids: pass input_ids, not inputs_embeds")
+        if padding_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+            padding_mask = attention_mask
+        if position_ids is None and padding_mask is not None and padding_mask.shape[1] > 1:
+            position_ids = positions(input_ids, padding_mask, padding_mask.shape[1] - input_ids.shape[1])
+        return input_ids, padding_mask, position_ids
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
