@@ -38,11 +38,14 @@ format: $(VENV)/.test ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test ## measure the README's numbers: quality over three seeds, recipes, speed
+bench: $(VENV)/.test ## measure the printed numbers: quality, speed, overhead, distillation
 	$(BIN)/python benchmarks/quality.py --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/quality.py --sweep recipes --seeds 1 --out benchmarks/results/recipes.json
 	$(BIN)/python benchmarks/quality.py --sweep rates --seeds 1 --out benchmarks/results/rates.json
 	$(BIN)/python benchmarks/speed.py --model wide --out benchmarks/results/speed-wide.json
+	$(BIN)/python benchmarks/ffn_paths.py --out benchmarks/results/ffn_paths.json
+	$(BIN)/python benchmarks/routing_overhead.py --out benchmarks/results/routing_overhead.json
+	$(BIN)/python benchmarks/pregate_distillation.py --out benchmarks/results/pregate_distillation.json
 
 clean: ## remove caches and build products, keep .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
