@@ -41,6 +41,7 @@ class Tally:
     byte_hits: int = 0
     late: int = 0  # misses whose prefetch was under way
     evictions: int = 0
+    loads: int = 0  # transfers begun, on demand and ahead
     demand_bytes: int = 0
     prefetch_bytes: int = 0
     wasted_bytes: int = 0
@@ -209,6 +210,7 @@ class Cache:
             if entry is None or entry.ticket != ticket or entry.started:
                 continue  # it left before its transfer began, or was asked for a second time
             entry.started = True
+            self.tally.loads += 1
             size = self.sizes[key]
             if entry.demand:
                 self.tally.demand_bytes += size
@@ -224,6 +226,14 @@ class Cache:
             return False
         entry.ready = True
         return True
+
+    def preload(self, keys: Iterable[Key]) -> None:
+        """Fill the cache with the first of `keys` that fit, and count nothing."""
+        for key in keys:
+            if key not in self._entries and self.taken + self.sizes[key] <= self.capacity:
+                self.prefetch([key], 0)
+        self.settle()
+        self.tally = Tally()
 
     def settle(self) -> list[Transfer]:
         """Start and finish every transfer at once: a backend without time."""
@@ -247,8 +257,8 @@ class Cache:
                     f"{key} has no size: the layout that cuts the calls must also give the cache's sizes"
                 )
 
-    def _check(self, keys: tuple[Key, ...]) -> None:
-        self._known(keys)
+    def minimum(self, keys: Iterable[Key]) -> int:
+        """Bytes that must be there at once for these entries: theirs, and what is in use or pinned beside them."""
         loose = self._loose
         missing = 0
         for key in keys:
@@ -257,7 +267,11 @@ class Cache:
                 missing += self.sizes[key]
             elif entry.loose:
                 loose -= self.sizes[key]
-        minimum = self.taken - loose + missing
+        return self.taken - loose + missing
+
+    def _check(self, keys: tuple[Key, ...]) -> None:
+        self._known(keys)
+        minimum = self.minimum(keys)
         if minimum > self.capacity:
             raise MoesaicError(
                 f"layer {keys[0].layer} needs {sum(self.sizes[key] for key in keys)} bytes at once, and with what is "

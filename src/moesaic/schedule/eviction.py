@@ -28,8 +28,10 @@ class Eviction:
 
     A cache calls loaded and used as it happens, idle and busy as entries start and cease to be evictable, gone when one
     has left. `now` counts moments (one layer of one step). expect and done tell of uses to come: most policies ignore
-    them, so every policy can be driven the same way.
+    them, so every policy can be driven the same way; `listens` says which do not.
     """
+
+    listens = False
 
     def __init__(self) -> None:
         self._touch: dict[Key, int] = {}  # resident key -> running number of its last load or use
@@ -202,17 +204,26 @@ class Belady(Eviction):
     """Farthest next use among the known ones; entries nobody is known to need go first, least recently used first.
 
     Known is what `expect` was told: queued prompts and one decode step. It is not the oracle, and does not claim to be.
+    layers: with it, uses are expected at steps, and a step runs its layers 0 to layers - 1 in turn; 0 if `at` says all.
     """
 
-    def __init__(self) -> None:
+    listens = True
+
+    def __init__(self, layers: int = 0) -> None:
         super().__init__()
+        self.layers = layers
         self.uses = KnownUses()
 
+    def next(self, key: Key) -> float:
+        """When the key is known to be used next."""
+        at = self.uses.next(key)
+        return at * self.layers + key.layer if self.layers else at
+
     def rank(self, key: Key, now: int) -> tuple[float, ...]:
-        return -self.uses.next(key), self._touch[key]
+        return -self.next(key), self._touch[key]
 
     def worth(self, key: Key, victim: Key) -> bool:
-        return self.uses.next(key) < self.uses.next(victim)
+        return self.next(key) < self.next(victim)
 
     def expect(self, owner: Hashable, at: float, keys: Iterable[Key]) -> None:
         self._again(self.uses.expect(owner, at, keys))

@@ -3,6 +3,7 @@
     ExactPreGate   queued prompts and one decode step, never a later one (2410.19123)
     PreviousStep, PreviousLayer   the baselines TLP and SLP of 2410.17954
     Markov         counts of transitions between units of successive layers (C_j of 2401.08383)
+    Learned   a trained route predictor (2410.17954)
     Popularity, PromptRouter (2405.07518), Oracle (the trace), Null
 
 The engine calls, per step: predict(layer, items) for a layer ahead, observe(layer, items) when the layer's true routes
@@ -30,7 +31,10 @@ class Predictor:
     """Base: predicts nothing and keeps the score.
 
     width: how many keys of a layer count as the predicted set, the most probable first; None = all that have a chance.
+    whole_step: a step's layers can all be predicted before the first has run.
     """
+
+    whole_step = True
 
     def __init__(self, width: int | None = None) -> None:
         if width is not None and width < 1:
@@ -149,6 +153,8 @@ class PreviousStep(Predictor):
 class PreviousLayer(Predictor):
     """The unit ids that the layer before needed in this step; nothing for the first layer, nor for layer ANY."""
 
+    whole_step = False
+
     def __init__(self, width: int | None = None) -> None:
         super().__init__(width)
         self._layer, self._units = ANY, frozenset[int]()
@@ -186,6 +192,8 @@ class Markov(Predictor):
     several a expects b with the mean of P(b | a) over them; a batch needs b unless no item does.
     """
 
+    whole_step = False
+
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self._pairs: dict[tuple[Key, int], Counter[Key]] = {}  # (a, layer of b) -> b -> count
@@ -220,6 +228,25 @@ class Markov(Predictor):
     def forget(self, request: int) -> None:
         """The request has ended or was cancelled."""
         self._seen.pop(request, None)
+
+
+class Learned(Predictor):
+    """What a trained model said of an item before it ran: `answers(item)` are its keys, most probable first.
+
+    Each is taken for needed. Queued prompts and decode tokens that exist are answered, like those of a pre-gate, but an
+    answer can be wrong (route predictor of 2410.17954).
+    """
+
+    def __init__(self, answers: Callable[[WorkItem], Sequence[Key]], width: int | None = None) -> None:
+        super().__init__(width)
+        self._answers = answers
+
+    def known(self, queue: Iterable[WorkItem], first: int = 0) -> list[Expected]:
+        return [Expected(item.id, place, tuple(self._answers(item))) for place, item in enumerate(queue, first)]
+
+    def _chances(self, layer: int, items: Sequence[WorkItem]) -> dict[Key, float]:
+        wanted = Counter(key for item in items for key in self._answers(item) if key.layer == layer)
+        return {key: count / len(items) for key, count in wanted.items()}
 
 
 class PromptRouter(Predictor):

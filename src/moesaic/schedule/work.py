@@ -6,7 +6,7 @@ one step are never dealt out by expert. Units: tokens, bytes, seconds. Shapes: L
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, NamedTuple, get_args
 
@@ -81,8 +81,10 @@ class WorkItem:
     tokens: int
     calls: tuple[Call, ...]
     known_at: Known
+    _layers: Mapping[int, tuple[Call, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_layers", by_layer(self.calls))
         name = f"step {self.step} of request {self.request}"
         if self.step < 0 or self.tokens < 1:
             raise MoesaicError(f"{name} has {self.tokens} tokens: steps count from 0 and have at least 1 token")
@@ -111,7 +113,15 @@ class WorkItem:
 
     def at(self, layer: int) -> tuple[Call, ...]:
         """The calls in one layer."""
-        return tuple(call for call in self.calls if call.layer == layer)
+        return self._layers.get(layer, ())
+
+
+def by_layer(calls: Iterable[Call]) -> dict[int, tuple[Call, ...]]:
+    """The calls of each layer."""
+    layers: dict[int, list[Call]] = {}
+    for call in calls:
+        layers.setdefault(call.layer, []).append(call)
+    return {layer: tuple(calls) for layer, calls in layers.items()}
 
 
 def keys_of(calls: Iterable[Call]) -> tuple[Key, ...]:
@@ -129,10 +139,7 @@ def moments(items: Iterable[WorkItem]) -> list[tuple[Call, ...]]:
         for call in item.calls:
             before = merged.get(call[:2])
             merged[call[:2]] = call if before is None else call._replace(tokens=before.tokens + call.tokens)
-    layers: dict[int, list[Call]] = {}
-    for _, call in sorted(merged.items()):
-        layers.setdefault(call.layer, []).append(call)
-    return [tuple(calls) for calls in layers.values()]
+    return list(by_layer(merged[at] for at in sorted(merged)).values())
 
 
 class Layout:
