@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from moesaic.errors import MoesaicError
+from moesaic.schedule.replay import Arrivals, read_arrivals, replay
 from moesaic.schedule.synthetic import Synthetic, synthesize
 from moesaic.schedule.trace import DTYPES, EMPTY, FORMAT, REQUEST_COLUMNS, Card, Trace
 from moesaic.schedule.work import ANY, Key, Known
@@ -375,3 +376,89 @@ def test_bad_names() -> None:
         made(known_at="steps")
     with pytest.raises(MoesaicError, match=r"^shared is"):
         made(shared=0.0, ffn=7)
+
+
+# -- logs and replays --------------------------------------------------------------------------------------------------
+AZURE = "arrival_s,context_tokens,generated_tokens\n0.0,10,3\n0.5,4,1\n0.5,700,12\n"
+
+
+def log(tmp_path: Path, text: str, name: str = "log.csv") -> Path:
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def test_read_csv(tmp_path: Path) -> None:
+    arrivals = read_arrivals(log(tmp_path, AZURE))
+    assert arrivals.arrival_s.tolist() == [0.0, 0.5, 0.5]
+    assert (arrivals.prompt_tokens.tolist(), arrivals.output_tokens.tolist()) == ([10, 4, 700], [3, 1, 12])
+    assert arrivals.prompt_id is None and len(arrivals.head(2)) == 2
+    named = "arrival_s,context_tokens,generated_tokens,domain,prompt_id\n0,1,0,code,a-1\n0,2,5,math,b-2\n"
+    assert read_arrivals(log(tmp_path, named)).prompt_id == ("a-1", "b-2")
+
+
+def test_read_mooncake(tmp_path: Path) -> None:
+    lines = [{"timestamp": 0, "input_length": 5, "output_length": 2, "hash_ids": [0]}]
+    lines += [{"timestamp": 2500, "input_length": 7, "output_length": 1}]
+    arrivals = read_arrivals(log(tmp_path, "\n".join(map(json.dumps, lines)), "log.jsonl"))
+    assert arrivals.arrival_s.tolist() == [0.0, 2.5] and arrivals.prompt_tokens.tolist() == [5, 7]
+
+
+BAD_LOGS = [
+    ("", "line 1: no column 'arrival_s'"),
+    (AZURE.replace("context_tokens", "context_token"), "line 1: no column 'context_tokens'.*is it 'context_token'"),
+    (AZURE + "0.4,1,1\n", "line 5: arrival at 0.4 s after one at 0.5 s"),
+    (AZURE + "nan,1,1\n", "line 5: arrival_s is 'nan', expected a finite number of at least 0"),
+    (AZURE + "1.0,0,1\n", "line 5: context_tokens is '0', expected a finite number of at least 1"),
+    (AZURE + "1.0,2.5,1\n", "line 5: context_tokens is '2.5', expected a whole number"),
+    (AZURE + "1.0,2\n", "line 5: generated_tokens is None"),
+    (AZURE.splitlines()[0], "has no requests"),
+    ("arrival_s,context_tokens,generated_tokens,prompt_id\n0,1,1,a\n0,1,1,\n", "1 of 2 requests have a prompt_id"),
+    ('{"timestamp": 1, "input_length": 1}\n', "line 1: output_length is None"),
+    ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n{"time', "line 2: not JSON"),
+    ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n[]', "line 2: a list, expected an object"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_LOGS)
+def test_bad_logs(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(MoesaicError, match=message):
+        read_arrivals(log(tmp_path, text))
+    with pytest.raises(MoesaicError, match="no log of arrivals"):
+        read_arrivals(tmp_path / "missing.csv")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.booleans())
+def test_replay_gives_the_routes_of_one_sequence(seed: int, named: bool) -> None:
+    rng = np.random.default_rng(seed)
+    sequences = int(rng.integers(1, 20))
+    library = made(seed, requests=sequences, output=10.0, output_sigma=0.0, route_layers=3)
+    library = replace(library, meta={"prompt_ids": [f"p{s}" for s in range(sequences)]})
+    which = rng.integers(0, sequences, 30)
+    ids = tuple(f"p{s}" for s in which) if named else None
+    arrivals = Arrivals(np.sort(rng.random(30)), rng.integers(1, 20, 30), rng.integers(0, 20, 30), ids)
+    trace = replay(arrivals, library, seed)
+    assert same(trace, replay(arrivals, library, seed))
+    assert np.array_equal(trace.prompt_tokens, arrivals.prompt_tokens)
+    for r in range(30):
+        tokens, steps = int(arrivals.prompt_tokens[r]), int(trace.decode_tokens[r])
+        far = sorted(abs(int(library.prompt_tokens[s]) - tokens) for s in range(sequences))[:8]
+        near = [s for s in range(sequences) if abs(int(library.prompt_tokens[s]) - tokens) <= far[-1]]
+        assert any(
+            np.array_equal(trace.prompt_routes(r, 0, tokens), library.prompt_routes(s, 0, tokens))
+            and all(np.array_equal(trace.decode_routes(r, t), library.decode_routes(s, t)) for t in range(steps))
+            for s in ([which[r]] if named else near)
+        )
+
+
+def test_bad_replays() -> None:
+    library = made(requests=2, output=1.0, output_sigma=0.0)
+    arrivals = Arrivals(np.zeros(1), np.ones(1, int), np.ones(1, int), ("essay-1",))
+    with pytest.raises(MoesaicError, match="0 prompt ids for its 2 sequences"):
+        replay(arrivals, library)
+    with pytest.raises(MoesaicError, match=r"request 0 sends the prompt 'essay-1'.*did you mean 'essay-2'"):
+        replay(arrivals, library, keys=["essay-2", "code"])
+    with pytest.raises(MoesaicError, match=r"request 0 has 5 output tokens, but sequence . of the library"):
+        replay(Arrivals(np.zeros(1), np.ones(1, int), np.full(1, 5)), library)
+    with pytest.raises(MoesaicError, match=r"have \[1, 2\] rows"):
+        Arrivals(np.zeros(1), np.ones(2, int), np.ones(1, int))
