@@ -7,40 +7,19 @@ Shapes: E experts, G domains, L layers, W channels of a layer.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moesaic.errors import MissingExtraError, MoesaicError
+from moesaic.errors import MoesaicError
+from moesaic.plotting import CENTRED, INK, QUIET, RULE, PathLike, drawing, label_at, rectangle, rgb
 from moesaic.refactor.report import amount, nats, percent, shorten, signed
 from moesaic.refactor.terminal import PALETTE, Token, expert_colour, layout_tokens, tint
 
 __all__ = ["PALETTE", "channel_ownership", "expert_domain_heatmap", "loss_curves", "token_strip"]
 
-PathLike = str | os.PathLike[str]
-INK, QUIET, RULE = "#1a1a1a", "#5f5f5f", "#c8c8c8"
-DPI = 150
-CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.parse_math": False,  # names and texts may hold dollar signs
-}
 MONO_ADVANCE = 0.60205  # width of every DejaVu Sans Mono glyph, in font sizes
 
 
@@ -56,7 +35,7 @@ def expert_domain_heatmap(receipt: Mapping[str, Any], path: PathLike) -> None:
     own = {g: names.index(domain) for g, domain in enumerate(domains) if domain in names}
     title, subtitle = _heatmap_words(excess_EG, own)
     experts, count = excess_EG.shape
-    with _drawing(path, max(6.4, 2.6 + 0.82 * count), 1.7 + 0.44 * experts, title, subtitle) as figure:
+    with drawing(path, max(6.4, 2.6 + 0.82 * count), 1.7 + 0.44 * experts, title, subtitle) as figure:
         axes = figure.add_subplot()
         top = max(0.1, float(excess_EG.max()))  # small differences stay pale, even where none is large
         axes.imshow(excess_EG, cmap="Oranges", vmin=0, vmax=top, aspect="auto")
@@ -75,9 +54,11 @@ def expert_domain_heatmap(receipt: Mapping[str, Any], path: PathLike) -> None:
         axes.vlines(np.arange(1, count) - 0.5, -0.5, experts - 0.5, color="white", linewidth=2)
         axes.hlines(np.arange(1, experts) - 0.5, -0.5, count - 0.5, color="white", linewidth=2)
         for g, expert in own.items():
-            axes.add_patch(_rectangle((g - 0.47, expert - 0.46), 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.8))
+            axes.add_patch(rectangle((g - 0.47, expert - 0.46), 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.8))
         for expert in range(experts):
-            _label(axes, "■", (0, expert), axes.get_yaxis_transform(), (-9, 0), color=expert_colour(expert), **CENTRED)
+            label_at(
+                axes, "■", (0, expert), axes.get_yaxis_transform(), (-9, 0), color=expert_colour(expert), **CENTRED
+            )
         _best_row(axes, loss_EG.min(0), experts)
 
 
@@ -104,7 +85,7 @@ def _best_row(axes: Any, best_G: np.ndarray, experts: int) -> None:
     for g, value in enumerate(best_G):
         axes.text(g, experts - 0.28, nats(value, 2), color=QUIET, **CENTRED)
     for y, text in ((experts - 0.28, "nats of the best"), (-0.72, "expert ↓  domain →")):
-        _label(axes, text, (0, y), axes.get_yaxis_transform(), (-16, 0), ha="right", va="center", color=QUIET)
+        label_at(axes, text, (0, y), axes.get_yaxis_transform(), (-16, 0), ha="right", va="center", color=QUIET)
     axes.set_ylim(experts - 0.02, -0.5)
 
 
@@ -122,7 +103,7 @@ def channel_ownership(masks: Sequence[np.ndarray], names: Sequence[str], path: P
         raise MoesaicError(f"masks have shapes {shapes}, expected ({len(names)}, channels) for each layer")
     shares, layers, width = ownership_shares(masks), len(masks), 9.6
     image = np.stack([_layer_colours(mask, pixels=1400) for mask in masks])
-    with _drawing(path, width, 1.5 + max(1.4, min(6.0, 0.3 * layers)), *_ownership_words(*shares)) as figure:
+    with drawing(path, width, 1.5 + max(1.4, min(6.0, 0.3 * layers)), *_ownership_words(*shares)) as figure:
         axes = figure.add_subplot()
         axes.imshow(image, aspect="auto", interpolation="nearest", extent=(0, 100, layers - 0.5, -0.5))
         if layers <= 40:
@@ -133,7 +114,7 @@ def channel_ownership(masks: Sequence[np.ndarray], names: Sequence[str], path: P
         axes.spines[:].set_visible(False)
         axes.tick_params(axis="y", length=0)
         colours, labels = zip(*_owners(*shares, names), strict=True)
-        chips = [_rectangle((0, 0), 1, 1, facecolor=colour, edgecolor=RULE) for colour in colours]
+        chips = [rectangle((0, 0), 1, 1, facecolor=colour, edgecolor=RULE) for colour in colours]
         columns = int(width / (0.075 * max(map(len, labels)) + 0.45))
         options = {"frameon": False, "handlelength": 1.1, "handleheight": 1.1, "columnspacing": 1.6}
         figure.legend(chips, labels, loc="outside lower left", ncols=max(1, min(len(labels), columns)), **options)
@@ -152,8 +133,8 @@ def _layer_colours(mask_EW: np.ndarray, pixels: int) -> np.ndarray:
     experts, width = mask_EW.shape
     count = mask_EW.sum(0)
     order = np.lexsort((*~mask_EW[::-1], -count))
-    by_count = np.array([_rgb("#ffffff"), *(_rgb(_grey(n, experts)) for n in range(1, experts + 1))])
-    by_owner = np.array([_rgb(expert_colour(expert)) for expert in range(experts)])
+    by_count = np.array([rgb("#ffffff"), *(rgb(_grey(n, experts)) for n in range(1, experts + 1))])
+    by_owner = np.array([rgb(expert_colour(expert)) for expert in range(experts)])
     colours = np.where((count == 1)[:, None], by_owner[mask_EW.argmax(0)], by_count[count])
     return np.asarray(colours[order][np.arange(pixels) * width // pixels])
 
@@ -212,7 +193,7 @@ def token_strip(
     laid = [(domain, tokens, layout_tokens(tokens, columns, max_lines)) for domain, tokens in texts if tokens]
     legend = _strip_legend(laid, names, columns)
     height = 0.1 + line * (len(legend) + sum(1.75 + pieces[-1][0] + 1 for *_, pieces in laid)) + 0.1
-    with _drawing(path, columns * MONO_ADVANCE * size / 72 + 2 * left, height, *_strip_words(laid)) as figure:
+    with drawing(path, columns * MONO_ADVANCE * size / 72 + 2 * left, height, *_strip_words(laid)) as figure:
         figure.set_layout_engine("none")
         wide, high = figure.get_size_inches()
         axes = figure.add_axes((left / wide, 0, 1 - 2 * left / wide, height / high))
@@ -221,12 +202,12 @@ def token_strip(
         y = 0.1
         for row in legend:
             for x, expert, label in row:
-                axes.add_patch(_rectangle((x, y + 0.2), 1.6, 0.6, color=expert_colour(expert)))
+                axes.add_patch(rectangle((x, y + 0.2), 1.6, 0.6, color=expert_colour(expert)))
                 axes.text(x + 2.2, y + 0.5, label, va="center")
             y += 1
         for domain, tokens, pieces in laid:
             heading = axes.text(0, y + 1.1, shorten(domain, 40), va="center", weight="bold")
-            _label(axes, _busiest(tokens, names), (1, 0.5), heading, (8, 0), color=QUIET, va="center")
+            label_at(axes, _busiest(tokens, names), (1, 0.5), heading, (8, 0), color=QUIET, va="center")
             y += 1.65
             for row_index, x, text, expert in pieces:
                 _draw_piece(axes, x, y + row_index, text, expert_colour(expert), size)
@@ -235,8 +216,8 @@ def token_strip(
 
 def _draw_piece(axes: Any, x: float, y: float, text: str, colour: str, size: float) -> None:
     """A pale ground so that the text reads, and a full-colour foot so that the expert does."""
-    axes.add_patch(_rectangle((x, y), len(text), 0.9, facecolor=tint(colour, 0.62), edgecolor="none"))
-    axes.add_patch(_rectangle((x, y + 0.76), len(text), 0.14, facecolor=colour, edgecolor="none"))
+    axes.add_patch(rectangle((x, y), len(text), 0.9, facecolor=tint(colour, 0.62), edgecolor="none"))
+    axes.add_patch(rectangle((x, y + 0.76), len(text), 0.14, facecolor=colour, edgecolor="none"))
     axes.plot([x, x], [y, y + 0.9], color="white", linewidth=0.8, solid_capstyle="butt")
     axes.text(x, y + 0.58, _drawable(text), family="DejaVu Sans Mono", size=size, va="baseline", color="black")
 
@@ -294,7 +275,7 @@ def loss_curves(
     if not len(moe[0]) and not len(router[0]):
         raise MoesaicError("the healing log is empty, expected at least one training step; heal the model first")
     shown = [len(moe[0]) > 0, len(router[0]) > 0, len(load[0]) > 0]
-    with _drawing(path, 0.2 + 2.9 * sum(shown) + 2.2 * shown[0], 3.5, *_curve_words(moe[1], control[1])) as figure:
+    with drawing(path, 0.2 + 2.9 * sum(shown) + 2.2 * shown[0], 3.5, *_curve_words(moe[1], control[1])) as figure:
         ratios = [ratio for ratio, here in zip((1.8, 1, 1), shown, strict=True) if here]
         panels = iter(figure.subplots(1, sum(shown), gridspec_kw={"width_ratios": ratios}, squeeze=False)[0])
         if shown[0]:
@@ -339,7 +320,7 @@ def _draw_curves(axes: Any, lines: Sequence[tuple[Curve, str, str]], title: str,
     if dense is not None:
         low, high = min(low, dense), max(high, dense)
         axes.axhline(dense, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
-        _label(axes, "dense source, held out", (0, dense), ("axes fraction", "data"), (4, 3), size=8.5)
+        label_at(axes, "dense source, held out", (0, dense), ("axes fraction", "data"), (4, 3), size=8.5)
     margin = 0.07 * (high - low) + 0.01
     axes.set_ylim(low - margin, high + margin)
     _token_axis(axes, title)
@@ -354,7 +335,7 @@ def _draw_loads(axes: Any, load: Curve, names: Sequence[str]) -> None:
     _token_axis(axes, "Router's choices")
     centres = smoothed_En[:, -1].cumsum() - smoothed_En[:, -1] / 2
     for name, y in zip(names, spread(centres, 1 / 17), strict=True):
-        _label(axes, shorten(name, 16), (1, y), "axes fraction", (5, 0), va="center", size=8)
+        label_at(axes, shorten(name, 16), (1, y), "axes fraction", (5, 0), va="center", size=8)
 
 
 def smooth(values: np.ndarray, share: float = 0.06) -> np.ndarray:
@@ -393,7 +374,7 @@ def _mark_rounds(axes: Any, log: Log, stage: str) -> None:
         previous = tokens
     for number, start in list(starts.items())[1:]:
         axes.axvline(start, color=RULE, linewidth=1, zorder=0)
-        _label(axes, f"round {number + 1}", (start, 0), ("data", "axes fraction"), (3, 3), size=8, color=QUIET)
+        label_at(axes, f"round {number + 1}", (start, 0), ("data", "axes fraction"), (3, 3), size=8, color=QUIET)
 
 
 def _curve_words(moe: np.ndarray, control: np.ndarray) -> tuple[str, str]:
@@ -409,42 +390,3 @@ def _curve_words(moe: np.ndarray, control: np.ndarray) -> tuple[str, str]:
     if abs(gap) < 5e-4:
         return "Healing ends level with the pruned control", subtitle
     return f"Healing ends {nats(abs(gap))} nats {'below' if gap < 0 else 'above'} the pruned control", subtitle
-
-
-# -- shared --------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _drawing(path: PathLike, width: float, height: float, title: str, subtitle: str) -> Iterator[Any]:
-    """A figure of `width` x `height` inches below its two headings, written to `path` when the block ends well."""
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots") from error
-    titles, subtitles = textwrap.wrap(title, int(width / 0.118)), textwrap.wrap(subtitle, int(width / 0.079))
-    below = 0.14 + 0.25 * len(titles)
-    total = height + below + 0.02 + 0.19 * len(subtitles)
-    with style.context(["default", STYLE]):
-        room = (0.005, 0.01, 0.985, height / total - 0.01)
-        figure = Figure(figsize=(width, total), layout=ConstrainedLayoutEngine(rect=room, w_pad=0.08))
-        heading: dict[str, Any] = {"va": "top", "linespacing": 1.3}
-        figure.text(0.15 / width, 1 - 0.12 / total, "\n".join(titles), size=13, weight="bold", **heading)
-        figure.text(0.15 / width, 1 - below / total, "\n".join(subtitles), color=QUIET, **heading)
-        yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
-
-
-def _label(axes: Any, text: str, at: Any, coordinates: Any, offset: tuple[float, float], **look: Any) -> None:
-    """`text` at a place given in `coordinates`, shifted by `offset` points."""
-    axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **look)
-
-
-def _rectangle(corner: tuple[float, float], width: float, height: float, **look: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, **look)
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

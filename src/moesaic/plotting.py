@@ -1,0 +1,90 @@
+"""How every picture is drawn: one PNG below a title that states what was found; the same ink, font and resolution.
+
+matplotlib is the extra `plots` and is imported only when something is drawn. Sizes in inches, offsets in points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import MissingExtraError
+from moesaic.files import TEMPORARY, storage_errors
+
+PathLike = str | os.PathLike[str]
+INK, QUIET, RULE = "#1a1a1a", "#5f5f5f", "#c8c8c8"
+# Okabe and Ito's, without the yellow that is lost on white, and an indigo
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288")
+DPI = 150
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.parse_math": False,  # names and texts may hold dollar signs
+}
+
+
+@contextlib.contextmanager
+def drawing(path: PathLike, width: float, height: float, title: str, subtitle: str) -> Iterator[Any]:
+    """A figure of `width` x `height` inches below its two headings, written to `path` when the block ends well.
+
+    The file is whole or absent. Raises MissingExtraError without matplotlib.
+    """
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots") from error
+    titles, subtitles = textwrap.wrap(title, int(width / 0.118)), textwrap.wrap(subtitle, int(width / 0.079))
+    below = 0.14 + 0.25 * len(titles)
+    total = height + below + 0.02 + 0.19 * len(subtitles)
+    with style.context(["default", STYLE]):
+        room = (0.005, 0.01, 0.985, height / total - 0.01)
+        figure = Figure(figsize=(width, total), layout=ConstrainedLayoutEngine(rect=room, w_pad=0.08))
+        heading: dict[str, Any] = {"va": "top", "linespacing": 1.3}
+        figure.text(0.15 / width, 1 - 0.12 / total, "\n".join(titles), size=13, weight="bold", **heading)
+        figure.text(0.15 / width, 1 - below / total, "\n".join(subtitles), color=QUIET, **heading)
+        yield figure
+        _write(figure, Path(path))
+
+
+def _write(figure: Any, path: Path) -> None:
+    """The picture as a file; it takes its place when it is whole."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}{TEMPORARY}") as folder:
+            drawn = Path(folder) / "drawn.png"
+            figure.savefig(drawn, dpi=DPI, format="png", metadata={"Software": None})
+            os.replace(drawn, path)
+
+
+def label_at(axes: Any, text: str, at: Any, coordinates: Any, offset: tuple[float, float], **look: Any) -> None:
+    """`text` at a place given in `coordinates`, shifted by `offset` points."""
+    axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **look)
+
+
+def rectangle(corner: tuple[float, float], width: float, height: float, **look: Any) -> Any:
+    """A patch for `axes.add_patch`, or a legend's chip."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, **look)
+
+
+def rgb(colour: str) -> tuple[float, ...]:
+    """Red, green and blue in 0..1 of #rrggbb."""
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
