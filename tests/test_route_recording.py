@@ -1,6 +1,7 @@
 """Recorded routes are those of one whole forward over the same tokens, whatever the batch; cards fit their models."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,20 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
+from typer.testing import CliRunner, Result
 
 from families import COMMON, tiny
 from moesaic.analyze.route_recording import Prompt, Sampling, card_of, domain_prompts, read_prompts, record
+from moesaic.cli.main import app
 from moesaic.data.domain import Domain
 from moesaic.errors import MoesaicError
 from moesaic.models.attach import attach
 from moesaic.models.ffn_sites import find_ffn_sites
+from moesaic.models.loading import load_model, load_tokenizer
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.models.routed import attach_router
 from moesaic.models.stock import record_plans
+from moesaic.pocket import pocket_path
 from moesaic.schedule.trace import Trace
 from moesaic.schedule.work import ANY, Key
 
@@ -140,7 +145,7 @@ def test_seeds_and_temperature() -> None:
     same = [np.array_equal(traces[0].token_ids, trace.token_ids) for trace in traces]
     assert same == [True, True, False, False, False]
     assert np.array_equal(traces[3].token_ids, traces[4].token_ids)  # a cold draw is the most probable token
-    ends = recorded(model, output_tokens=60, sampling=Sampling(5.0))
+    ends = recorded(model, output_tokens=60, batch=6, sampling=Sampling(5.0))
     assert 2 not in ends.token_ids and len(np.unique(ends.token_ids)) > 80
     with pytest.raises(MoesaicError, match="temperature nan"):
         Sampling(float("nan"))
@@ -250,3 +255,95 @@ def test_prompts(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("7", "one\n\ntwo"), Prompt("b", "x\u2028y")]
     domain = Domain("code", ("t",), ("v0", "v1", "v2"))
     assert domain_prompts([domain], 2) == [Prompt("code-0", "v0"), Prompt("code-1", "v1")]
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["trace", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket model with random channels and an untrained pre-gate: only its shape and its tokenizer matter."""
+    folder = tmp_path_factory.mktemp("moe")
+    dense = load_model(pocket_path())
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(3, site.width, generator=generator) < 0.5 for site in find_ffn_sites(dense)]
+    attach(dense, masks, ["a", "b", "c"]).to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(pocket_path()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    rows = [{"id": f"p{number}", "turns": [text]} for number, text in enumerate(TEXTS)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "p.jsonl"
+
+
+def write_log(path: Path, *rows: str, named: bool = True) -> Path:
+    head = "arrival_s,context_tokens,generated_tokens" + (",prompt_id" if named else "")
+    path.write_text("\n".join([head, *rows]))
+    return path
+
+
+def test_record_and_replay_in_one_go(checkpoint: Path, prompt_file: Path, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.csv", "0,3,2,p1", "0.5,40,9,p3", "1.5,2,3,p1")
+    out, library, again = (tmp_path / name for name in ("out.trace", "library.trace", "again.trace"))
+    done = command(
+        "record", checkpoint, "--prompts", prompt_file, "--arrivals", log, "--out", out, "--library", library,
+        "--max-output", 5, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    about = json.loads(done.stdout)
+    assert (about["requests"], about["prompt_tokens"], about["output_tokens"]) == (3, 45, 14)
+    assert about["card"]["model"] == checkpoint.name and about["card"]["weight_bytes"] == 2.0
+    sequences, trace = Trace.load(library), Trace.load(out)
+    assert sequences.meta["prompt_ids"] == ["p1", "p3"] and sequences.output_tokens.tolist() == [3, 5]
+    assert np.array_equal(trace.prompt_routes(2, 0, 2), sequences.prompt_routes(0, 0, 2))
+    assert np.array_equal(trace.decode_routes(1, 7), sequences.decode_routes(1, 3))
+    assert command("replay", library, "--arrivals", log, "--out", again).exit_code == 0
+    assert again.read_bytes() == out.read_bytes()
+    assert command("replay", library, "--arrivals", log, "--out", again, "--load", 2, "--requests", 2).exit_code == 0
+    assert Trace.load(again).arrival_s.tolist() == [0, 0.25]
+
+
+def test_record_without_names(checkpoint: Path, prompt_file: Path, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.csv", "0,3,2", "0.5,40,4", named=False)
+    out = tmp_path / "out.trace"
+    done = command("record", checkpoint, "--prompts", prompt_file, "--arrivals", log, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "2 in 0.000 h" in done.stdout and "known at request; one choice for all layers" in done.stdout
+    done = command("record", checkpoint, "--data", "arithmetic", "--each", 2, "--max-output", 2, "--max-prompt", 8, "-o", out)  # fmt: skip  # noqa: E501
+    assert done.exit_code == 0, done.output
+    assert Trace.load(out).prompt_tokens.tolist() == [8, 8] and "2 of 2 prompts were cut" in done.stderr
+
+
+def test_bad_commands(checkpoint: Path, prompt_file: Path, tmp_path: Path) -> None:
+    log, out = write_log(tmp_path / "log.csv", "0,3,2,p33"), tmp_path / "out.trace"
+    for arguments, message in (
+        (
+            (checkpoint, "--prompts", prompt_file, "--arrivals", log),
+            "the log names the prompt .p33..*did you mean .p3.",
+        ),
+        ((checkpoint, "--prompts", prompt_file, "--arrivals", log, "--requests", 0), "--requests 0"),
+        ((checkpoint, "--prompts", prompt_file, "--max-output", -1), "--max-output -1"),
+        ((checkpoint, "--prompts", prompt_file, "--data", "c"), "not both"),
+        ((checkpoint, "--each", 0), "--each 0"),
+        (("pocket", "--prompts", prompt_file), "is dense and has no routes to record: refactor it first"),
+    ):
+        done = command("record", *arguments, "--out", out)
+        assert isinstance(done.exception, MoesaicError) and re.search(message, str(done.exception)), done.output
+    assert not out.exists()
+
+
+def test_synth_and_info(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.trace", tmp_path / "b.trace"
+    made = ("synth", "--requests", 20, "--per-layer", "--layers", 3, "--experts", 12, "--k", 2, "--known-at", "gate")
+    done = command(*made, "--out", a)
+    assert done.exit_code == 0 and "synthetic: 3 layers, 12 experts, top 2, stored whole" in done.stdout, done.output
+    assert command("info", a).stdout.splitlines() == done.stdout.splitlines()[:8]
+    assert command(*made, "--out", b, "--json").stdout == command("info", a, "--json").stdout
+    assert a.read_bytes() == b.read_bytes()
+    done = command("synth", "--stay", 2, "--out", b)
+    assert isinstance(done.exception, MoesaicError) and "stay is 2.0" in str(done.exception)
