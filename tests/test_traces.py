@@ -335,6 +335,14 @@ def test_skew_and_topics() -> None:
     assert within(topical) < 0.8 * within(mixed)
 
 
+def test_experts_are_drawn_without_replacement() -> None:
+    pairs = made(requests=3000, prompt=20.0, experts=3, k=2, skew=1.0, stay=0.0).routes[:, 0]
+    p = np.bincount(pairs[:, 0], minlength=3) / len(pairs)
+    assert sorted(p, reverse=True) == pytest.approx(np.array([6, 3, 2]) / 11, abs=0.01)
+    for a, b in ((0, 1), (0, 2), (1, 2), (2, 1)):
+        assert (pairs == (a, b)).all(1).mean() == pytest.approx(p[a] * p[b] / (1 - p[a]), abs=0.01)
+
+
 def test_transitions_between_layers() -> None:
     def certainty(**options: Any) -> float:
         """Share of tokens that take the commonest successor of their expert."""

@@ -6,7 +6,8 @@ A token keeps all experts of the token before with probability `stay`; otherwise
     layer l   the same with a popularity and theta of its own, or, with `sharpness`, of the mean row of a Markov matrix
               P_l at the experts before, P_l[a] ~ Dirichlet(sharpness * E * popularity): the smaller, the more certain
 
-A request has one topic, and theta belongs to it. K different experts are the K largest of log p + Gumbel noise.
+A request has one topic, and theta belongs to it. K different experts are the first K of exponential times with rates p,
+which is drawing without replacement.
 Shapes: R requests, N tokens, E experts, K slots, T topics. Same seed, same bytes.
 """
 
@@ -208,5 +209,9 @@ def _transitions(options: Synthetic, popularity: Array, rng: np.random.Generator
 
 def _draw(p: Array, k: int, rng: np.random.Generator) -> Array:
     """K different experts per row of (n, E) probabilities, the first the one drawn first."""
-    scores = np.log(p + 1e-30) + rng.gumbel(size=p.shape)  # an expert of probability 0 only where k needs it
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    times = rng.standard_exponential(p.shape) / np.maximum(p, 1e-30)  # probability 0 only where k needs it
+    if k == 1:
+        return times.argmin(1)[:, None]
+    found = np.argpartition(times, k - 1, axis=1)[:, :k]
+    order = np.argsort(np.take_along_axis(times, found, 1), axis=1)
+    return np.take_along_axis(found, order, 1)
