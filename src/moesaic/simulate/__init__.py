@@ -1,0 +1,1 @@
+"""Serving systems on modelled devices: the policies of `schedule/` run on traces, without torch."""
