@@ -170,10 +170,10 @@ class FitConfig:
     """
 
     steps: int = 600
-    lr: float = 5e-3
+    lr: float = 1e-2
     batch: int = 16
     window: int = 128
-    weight_decay: float = 0.01
+    weight_decay: float = 1.0  # decoupled, of matrices: the data are few
     warmup: int = 20
     sizes: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -223,7 +223,12 @@ def _train(
     config: FitConfig,
 ) -> list[dict[str, float]]:
     known, unseen = parts
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases, the heads' popularity among them, never decay
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr,
+    )
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + float(np.cos(np.pi * step / config.steps)))
