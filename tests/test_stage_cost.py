@@ -9,10 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.errors import MoesaicError
+from moesaic.schedule.adaptive import Choice
 from moesaic.schedule.card import Card
+from moesaic.schedule.collective import all_to_all, allgather
 from moesaic.schedule.cost import ExpertShape, expert_time, move_time
+from moesaic.schedule.placement import contiguous, parallel
 from moesaic.schedule.topology import Tier, Topology, Unit, preset
 from moesaic.schedule.work import Call, Layout
+from moesaic.simulate.cluster_cost import AdaptiveCost, ClusterCost
 from moesaic.simulate.stage_cost import CostSpec, LayerCost, Overhead, StageCost, StageLoad, calibrated, stage_cost
 
 CARD = Card("small", 2, 4, 1, "request", d=10, ffn=20, heads=4, kv_heads=2, head_dim=5, vocab=100)
@@ -178,6 +182,160 @@ def test_measured_times_replace_the_first_units_peaks(tmp_path) -> None:  # type
     assert (unit.name, unit.tier) == ("gpu", "hbm")
     assert unit.flops == pytest.approx(50e12, rel=1e-6)
     assert unit.bandwidth == pytest.approx(0.5e12, rel=1e-6)
+
+
+A100S = preset("2x8-a100-ib")
+WIDE = Card("wide", 2, 16, 1, "gate", 1024, 4096, 16, 16, 64, 32000)
+WIDE_LAYOUT = Layout.layer_experts(WIDE.expert_bytes())
+EVEN = moment(WIDE_LAYOUT, dict.fromkeys(range(16), 64))
+BUSY = StageLoad(0, 1024, 0, 1024 * 300, 0, 1024)
+PLACED = CostSpec(placement=contiguous(2, 16, 16))
+
+
+def cluster(**changes: object) -> ClusterCost:
+    cost = cost_of(WIDE, A100S, replace(PLACED, **changes))  # type: ignore[arg-type]
+    assert isinstance(cost, ClusterCost)
+    return cost
+
+
+def test_the_slowest_device_holds_up_the_others() -> None:
+    unit, shape = A100S.units[0], ExpertShape(1024, 4096)
+    calls = moment(WIDE_LAYOUT, {0: 1000, 1: 4, 9: 20})
+    layer = cluster().experts(calls, BUSY)
+    assert layer.experts_s == pytest.approx(expert_time(unit, shape, 1000))
+    assert layer.busy[0] == pytest.approx(sum(expert_time(unit, shape, n) for n in (1000, 4, 20)) / 16)
+    assert layer[1:4] == (0, 0, 0)  # without a collective all devices hold all tokens
+
+
+def test_slices_and_copies_share_the_work() -> None:
+    calls = moment(WIDE_LAYOUT, {3: 4000})
+    whole = cluster().experts(calls, BUSY)
+    copied = cluster(placement=parallel(2, 16, expert=8, data=2)).experts(calls, BUSY)
+    sliced = cluster(placement=parallel(2, 16, expert=8, tensor=2)).experts(calls, BUSY)
+    assert copied.experts_s == pytest.approx(expert_time(A100S.units[0], ExpertShape(1024, 4096), 2000))
+    assert sliced.experts_s == pytest.approx(whole.experts_s / 2) and sliced.collective_s > 0
+
+
+def test_attention_is_shared_by_the_data_parallel_groups() -> None:
+    one = cost_of(WIDE, A100S)
+    assert cluster().attention(BUSY) == pytest.approx(one.attention(StageLoad(0, 64, 0, 64 * 300, 0, 64)))
+    two = StageLoad(0, 2, 0, 600, 0, 2)
+    assert cluster().attention(two) == pytest.approx(one.attention(StageLoad(0, 1, 0, 300, 0, 1)))
+
+
+@pytest.mark.parametrize("kind", ["flat", "hierarchical", "2dh"])
+def test_two_all_to_alls_a_layer(kind: str) -> None:
+    layer = cluster(collective=kind).experts(EVEN, BUSY)
+    once = all_to_all(kind, A100S, 64 * 1024 * 2)  # type: ignore[arg-type]
+    assert layer.collective_s == pytest.approx(2 * once.seconds)
+    assert layer.intra_bytes == pytest.approx(2 * once.intra_bytes)
+    assert layer.inter_bytes == pytest.approx(2 * once.inter_bytes)
+
+
+def test_the_cheapest_variant_is_the_least() -> None:
+    times = [cluster(collective=kind).experts(EVEN, BUSY).collective_s for kind in ("flat", "hierarchical", "2dh")]
+    assert cluster(collective="cheapest").experts(EVEN, BUSY).collective_s == pytest.approx(min(times))
+
+
+def test_coordinated_gathers_once() -> None:
+    layer = cluster(collective="coordinated", tensor=8).experts(EVEN, BUSY)
+    size = 512 * 1024 * 2  # a group of eight ranks holds the tokens of eight devices
+    once, gather = all_to_all("coordinated", A100S, size, 8), allgather(A100S.spread(8, 8), size)
+    assert layer.collective_s == pytest.approx(2 * once.seconds - gather.seconds)
+    assert layer.inter_bytes == pytest.approx(2 * size / 8 / 2)
+
+
+@given(st.floats(0.05, 1.0), st.floats(0.0, 1.0))
+def test_one_all_to_all_is_half_of_two(leave: float, inter: float) -> None:
+    shares = {"leave": leave, "inter_leave": leave * inter}
+    two, one = (cluster(collective=kind, **shares) for kind in ("flat", "coherent"))
+    assert one.experts(EVEN, BUSY).collective_s == pytest.approx(two.experts(EVEN, BUSY).collective_s / 2)
+    gather = allgather(A100S, 64 * 16 * 1024 * 2).seconds
+    assert one.ends(BUSY) - two.ends(BUSY) == pytest.approx(gather)
+
+
+def test_a_coherent_stage_is_cheaper_from_a_few_layers_on() -> None:
+    """At equal crossing L all-to-alls and an AllGather, against 2 L."""
+    two, one = (cluster(collective=kind) for kind in ("flat", "coherent"))
+
+    def stage(cost: StageCost, layers: int) -> float:
+        return layers * cost.experts(EVEN, BUSY).collective_s + cost.ends(BUSY)
+
+    assert stage(one, 24) < stage(two, 24)
+
+
+def test_tokens_that_stay_cost_nothing() -> None:
+    layer = cluster(collective="flat", leave=0.0).experts(EVEN, BUSY)
+    assert layer[1:4] == (0, 0, 0)
+
+
+def test_overlap_hides_no_more_than_the_shorter_part() -> None:
+    plain, two, best = (cluster(collective="flat", overlap=n).experts(EVEN, BUSY) for n in (1, 2, "best"))
+    comm, compute = plain.collective_s, plain.experts_s
+    assert two.experts_s + two.collective_s == pytest.approx(max(comm, compute) + min(comm, compute) / 2)
+    assert best.experts_s + best.collective_s == pytest.approx(max(comm, compute) + min(comm, compute) / 8)
+
+
+def test_all_layers_at_once_exchange_once_a_layer() -> None:
+    every = Layout.experts([sum(sizes) for sizes in zip(*WIDE.expert_bytes(), strict=True)])
+    whole = stage_cost(WIDE, every.bytes, A100S, replace(PLACED, collective="2dh"))
+    one, all_layers = (
+        cluster(collective="2dh").experts(EVEN, BUSY),
+        whole.experts(moment(every, dict.fromkeys(range(16), 64)), BUSY),
+    )
+    assert all_layers[:4] == pytest.approx([2 * each for each in one[:4]])
+
+
+def test_slots_drop_what_does_not_fit_and_pad_the_rest() -> None:
+    cost = cluster(capacity=1.0)
+    layer = cost.experts(moment(WIDE_LAYOUT, {0: 24, 1: 8}), BUSY)  # 32 tokens, 16 experts: 2 slots each
+    assert (cost.slots.asked, cost.slots.dropped, cost.slots.run) == (32, 28, 32)
+    assert cost.slots.drop_share == 28 / 32 and cost.slots.padding_share == 28 / 32
+    assert layer.experts_s == pytest.approx(expert_time(A100S.units[0], ExpertShape(1024, 4096), 2))
+
+
+def adaptive(card: Card, **changes: object) -> AdaptiveCost:
+    spec = CostSpec(placement=contiguous(card.layers, card.experts, 16), adaptive_r=True, overlap="best")
+    cost = cost_of(card, A100S, replace(spec, **changes))  # type: ignore[arg-type]
+    assert isinstance(cost, AdaptiveCost)
+    return cost
+
+
+def test_the_degree_falls_as_slots_grow() -> None:
+    """Few tokens are sent to every owner, many stay and the weights are gathered (2206.03382, section 3.1)."""
+    four = replace(WIDE, experts=4)
+    cost = adaptive(four)
+    chosen = [cost.table.lookup(capacity).r for capacity in (1, 1 << 10, 1 << 13, 1 << 20)]
+    assert cost.owners == 4 and chosen == sorted(chosen, key=lambda r: -r) and len(set(chosen)) > 1
+    assert chosen[0] == 4 and chosen[-1] == 0
+
+
+def test_the_adaptive_layer_is_the_best_of_all_choices() -> None:
+    four = replace(WIDE, experts=4)
+    cost, calls = adaptive(four), moment(Layout.layer_experts(four.expert_bytes()), {0: 300, 2: 512})
+    layer = cost.experts(calls, BUSY)
+    tried = [Choice(r, d, kind) for r in (0, 1, 2, 4) for d in (1, 2, 4, 8) for kind in ("flat", "2dh")]
+    assert layer.experts_s + layer.collective_s == pytest.approx(min(cost._run(512, each)[0] for each in tried))
+    assert (cost.slots.dropped, cost.slots.run) == (0, 4 * 512)
+    shape, unit = ExpertShape(1024, 4096), A100S.units[0]
+    assert cost._products(512, 1) == pytest.approx(expert_time(unit, shape, 128))
+    assert cost._products(512, 4) == pytest.approx(expert_time(unit, replace(shape, ffn=1024), 512))
+    assert cost._weights(4).seconds == 0
+    assert cost._weights(1).seconds == pytest.approx(3 * (0.8e-6 + shape.bytes / 4 / 300e9))
+
+
+def test_a_cluster_that_does_not_fit_its_placement() -> None:
+    with pytest.raises(MoesaicError, match="2 layers, 16 experts and 8 devices"):
+        cluster(placement=contiguous(2, 16, 8))
+    with pytest.raises(MoesaicError, match="need a placement"):
+        cost_of(WIDE, A100S, CostSpec(collective="flat"))
+    with pytest.raises(MoesaicError, match="no coherent"):
+        adaptive(WIDE, collective="coherent")
+    with pytest.raises(MoesaicError, match="divide"):
+        adaptive(replace(WIDE, experts=6))
+    blocks = replace(WIDE, blocks=(((4096, tuple(range(16))),),) * 2)
+    with pytest.raises(MoesaicError, match="whole experts"):
+        cost_of(blocks, A100S, replace(PLACED, capacity=1.0))
 
 
 @pytest.mark.parametrize(

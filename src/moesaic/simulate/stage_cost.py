@@ -53,14 +53,15 @@ class StageLoad:
         return self.prefill_tokens + self.decode_tokens
 
     def shared_by(self, devices: int) -> "StageLoad":
-        """The part of the busiest of `devices` that share the load evenly."""
+        """The part of the busiest of `devices`: prefill cut evenly, decode dealt by sequence."""
         if devices == 1:
             return self
+        decode = -(-self.decode_tokens // devices)
         return StageLoad(
             -(-self.prefill_tokens // devices),
-            -(-self.decode_tokens // devices),
+            decode,
             -(-self.prefill_pairs // devices),
-            -(-self.decode_pairs // devices),
+            -(-self.decode_pairs * decode // max(self.decode_tokens, 1)),  # a sequence is whole on one device
             -(-self.prefill_context // devices),
             -(-self.outputs // devices),
         )
@@ -103,7 +104,8 @@ class CostSpec:
 
     split:       experts on two units of a device: "coprocess" both, "xpu" or "pim" all on the unit of that name.
     placement:   where experts live; None = one device, or one group of tensor ranks.
-    collective:  all-to-all variant, two a layer; "coherent" is one a layer and an AllGather a stage (2401.08383).
+    collective:  all-to-all variant, two a layer; "coherent" is one a layer and an AllGather a stage (2401.08383);
+                 None = all devices hold all tokens.
     tensor:      ranks of a node that slice what is not an expert, and without a placement the experts too.
     overlap:     chunks in which all-to-all and experts are pipelined.
     adaptive_r:  choose degree, chunks and variant by capacity (2206.03382).
@@ -304,7 +306,13 @@ class SplitCost(StageCost):
 
 def stage_cost(card: Card, sizes: Mapping[Key, int], machine: Topology, spec: CostSpec | None = None) -> StageCost:
     """The cost of a stage as `spec` spreads it; raises MoesaicError for a spec that the machine cannot run."""
+    from moesaic.simulate.cluster_cost import AdaptiveCost, ClusterCost  # they are made of what is above
+
     spec = spec or CostSpec()
+    if spec.placement is not None:
+        return (AdaptiveCost if spec.adaptive_r else ClusterCost)(card, sizes, machine, spec)
+    if spec.adaptive_r or spec.capacity or spec.collective:
+        raise MoesaicError("capacity, collective and adaptive_r need a placement of the experts on devices")
     if spec.split == "coprocess":
         return SplitCost(card, sizes, machine, spec)
     return StageCost(card, sizes, machine, spec)
