@@ -1,8 +1,9 @@
 """Records which experts a mixture really chose: prompts are generated from, and every token's routes are kept.
 
 Works on refactored models (the pre-gate's one choice for all layers), on routed models and on transformers' own
-mixtures (one choice per layer). Sequences run in left-padded batches, each with draws of its own, so that neither the
-batch nor its order changes what a prompt is given. Generation goes on past the end-of-sequence token, which is never
+mixtures (one choice per layer). Sequences run in left-padded batches, each with draws of its own, so that a prompt is
+given the same whatever the batch, up to rounding: where that carries the probabilities over a draw, the text goes on
+differently from there. Generation goes on past the end-of-sequence token, which is never
 sampled: a trace needs as many tokens as its log has.
 Shapes: B sequences in a batch, S padded prompt tokens, V vocabulary, L' route layers, K slots.
 """
@@ -137,7 +138,8 @@ def record(
         raise MoesaicError(f"{len(wanted)} output lengths from {min(wanted)} for {len(prompts)} prompts: one each")
     sequences, cut = _sequences(model, tokenizer, prompts, wanted, prompt_tokens, sampling)
     lengths = [len(sequence.ids) for sequence in sequences]
-    order = sorted(range(len(prompts)), key=lambda number: (lengths[number], wanted[number], number))
+    # Longest first: what the allocator keeps from a batch serves the shorter ones after it.
+    order = sorted(range(len(prompts)), key=lambda number: (-lengths[number], wanted[number], number))
     with _evaluating(model), _plans(model) as plans, Progress("record", sum(wanted), "tokens") as progress:
         for start in range(0, len(order), batch):
             group = [sequences[number] for number in order[start : start + batch]]
@@ -161,6 +163,7 @@ def record(
             "source": "recording",
             "prompt_ids": [prompt.id for prompt in prompts],
             "cut": cut,
+            "batch": batch,
             "temperature": sampling.temperature,
             "seed": sampling.seed,
         },

@@ -50,7 +50,7 @@ def record(
     max_prompt: Annotated[int, typer.Option(help="Prompt tokens to record.")] = 1024,
     library: Annotated[Path | None, typer.Option(help="Keep the recording before the replay here too.")] = None,
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 1.0,
-    batch: Annotated[int, typer.Option(help="Sequences generated together; changes no route.")] = 32,
+    batch: Annotated[int, typer.Option(help="Sequences generated together.")] = 32,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:  # fmt: skip
