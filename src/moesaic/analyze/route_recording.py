@@ -3,8 +3,8 @@
 Works on refactored models (the pre-gate's one choice for all layers), on routed models and on transformers' own
 mixtures (one choice per layer). Sequences run in left-padded batches, each with draws of its own, so that a prompt is
 given the same whatever the batch, up to rounding: where that carries the probabilities over a draw, the text goes on
-differently from there. Generation goes on past the end-of-sequence token, which is never
-sampled: a trace needs as many tokens as its log has.
+differently from there. Generation goes on past the end-of-sequence token, which is never sampled: a trace needs as many
+tokens as its log has.
 Shapes: B sequences in a batch, S padded prompt tokens, V vocabulary, L' route layers, K slots.
 """
 
