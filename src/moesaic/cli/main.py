@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from moesaic.cli import claims_commands, inspect_commands, refactor_commands, trace_commands, train_commands
+from moesaic.cli import claims_commands, inspect_commands, refactor_commands, simulate_commands, trace_commands, train_commands
 from moesaic.errors import MoesaicError
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended; typer turns the interrupt into it
@@ -28,6 +28,7 @@ refactor_commands.add_to(app)
 inspect_commands.add_to(app)
 claims_commands.add_to(app)
 train_commands.add_to(app)
+simulate_commands.add_to(app)
 trace_commands.add_to(app)
 
 

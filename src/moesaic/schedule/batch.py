@@ -78,7 +78,7 @@ class Stage:
         if ready.fresh and not self.admit:
             return False
         if tokens > self.tokens:
-            if not self.tokens or not (cut or (tokens > self.budget and not self.portions)):
+            if not self.tokens or not (cut or tokens > self.budget):
                 return False
             tokens = self.tokens
         self.tokens -= tokens

@@ -97,12 +97,16 @@ class Prices(Protocol):
 
 
 class Adaptive(Batcher):
-    """Leaves experts out of a stage only while that serves more tokens a second than taking them in.
+    """Leaves decode tokens out of a stage only while fetching for them costs more than their waiting.
 
-    Decode tokens are grouped by the expert most of their work goes to. A group's price is what the stage would have to
-    fetch and read for it; groups join, dearest last, as long as the stage's rate (tokens weighted by their wait, over
-    seconds) does not fall. If all entries are there and everything fits, that is every group, and the batcher is
-    chunked prefill. What has waited `max_wait_s` joins at any price, oldest first. Prompts fill what is left.
+    1  What has waited `max_wait_s` since it was ready joins at any price, oldest first.
+    2  Prompts that fit whole beside all decode tokens join: they bring in most experts, for everybody.
+    3  Decode tokens are grouped by the expert most of their work goes to. A group that needs nothing fetched joins;
+       another joins if the stage's rate, tokens weighted by their wait over seconds, does not fall. Best groups first.
+    4  Prompts fill what is left of the budget, the last one cut.
+
+    Where all entries are there this is chunked prefill. Where they are not, groups take turns: a group that waits gets
+    heavier, with its members' waits and with those who join it.
     """
 
     def __init__(self, prices: Prices, max_wait_s: float = 1.0) -> None:
@@ -126,18 +130,27 @@ class Adaptive(Batcher):
             if now - ready.since_s < self.max_wait_s or not stage.take(ready):
                 break
             bill.add(ready, now)
+        others = len(self.decodes) - len(stage.portions)
+        for ready in self.prefills.values():
+            if ready.tokens > stage.tokens - others or not stage.take(ready):
+                break
+            bill.add(ready, now)
+        self._fill_groups(stage, bill, now)
+        taken = {portion.request for portion in stage.portions}
+        fill(stage, (ready for request, ready in self.prefills.items() if request not in taken), cut=True)
+
+    def _fill_groups(self, stage: Stage, bill: "_Bill", now: float) -> None:
         taken = {portion.request for portion in stage.portions}
         groups = [[r for r in group.values() if r.request not in taken] for group in self._groups.values()]
-        groups = [group[: stage.tokens] for group in groups if group]
-        offers = sorted(((bill.offer(group, now), i) for i, group in enumerate(groups)), reverse=True)
+        groups = [group[: stage.tokens] for group in groups if group and stage.tokens]
+        offers = sorted(((bill.rate_with(group, now), i) for i, group in enumerate(groups)), reverse=True)
         for _, i in offers:
-            if not bill.worth(groups[i], now):
-                break
+            if bill.fetches(groups[i]) and bill.rate_with(groups[i], now) < bill.rate:
+                continue
             for ready in groups[i]:
                 if not stage.take(ready):
-                    break
+                    return
                 bill.add(ready, now)
-        fill(stage, self.prefills.values(), cut=True)
 
 
 class _Bill:
@@ -148,35 +161,36 @@ class _Bill:
         self.keys: set[Key] = set()
         self.fetch, self.run, self.value = 0.0, prices.stage_s, 0.0
 
-    def _seconds(self, fetch: float, run: float) -> float:
-        return max(fetch, run) if self.prices.overlap else fetch + run
+    @property
+    def rate(self) -> float:
+        """Weighted tokens a second of what the stage holds."""
+        return self.value / self._seconds(self.fetch, self.run)
 
-    def _weight(self, ready: Ready, now: float) -> float:
-        return 1.0 + (now - ready.since_s) / self.prices.stage_s
-
-    def _with(self, group: list[Ready], now: float) -> tuple[float, float]:
-        """Value and seconds of the stage with the group."""
+    def rate_with(self, group: list[Ready], now: float) -> float:
+        """The rate if the group joined."""
         new = {key for ready in group for key in ready.keys} - self.keys
         fetch = self.fetch + sum(map(self.prices.fetch_s, new))
         run = self.run + sum(map(self.prices.read_s, new)) + len(group) * self.prices.token_s
-        return self.value + sum(self._weight(ready, now) for ready in group), self._seconds(fetch, run)
+        value = self.value + sum(self._weight(ready, now) for ready in group)
+        return value / self._seconds(fetch, run)
 
-    def offer(self, group: list[Ready], now: float) -> float:
-        """The rate of the stage with this group alone added."""
-        value, seconds = self._with(group, now)
-        return value / seconds
-
-    def worth(self, group: list[Ready], now: float) -> bool:
-        """Whether the rate does not fall."""
-        return not self.value or self.offer(group, now) >= self.value / self._seconds(self.fetch, self.run)
+    def fetches(self, group: list[Ready]) -> bool:
+        """Whether the stage would have to fetch something for it."""
+        return any(self.prices.fetch_s(key) for ready in group for key in ready.keys if key not in self.keys)
 
     def add(self, ready: Ready, now: float) -> None:
         """The portion is in the stage."""
         new = set(ready.keys) - self.keys
         self.keys |= new
         self.fetch += sum(map(self.prices.fetch_s, new))
-        self.run += sum(map(self.prices.read_s, new)) + self.prices.token_s
+        self.run += sum(map(self.prices.read_s, new)) + ready.tokens * self.prices.token_s
         self.value += self._weight(ready, now)
+
+    def _seconds(self, fetch: float, run: float) -> float:
+        return max(fetch, run) if self.prices.overlap else fetch + run
+
+    def _weight(self, ready: Ready, now: float) -> float:
+        return 1.0 + (now - ready.since_s) / self.prices.stage_s
 
 
 class Regroup(Batcher):

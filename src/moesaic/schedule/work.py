@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from typing import Literal, NamedTuple, get_args
 
 from moesaic.errors import MoesaicError
@@ -126,7 +127,10 @@ def by_layer(calls: Iterable[Call]) -> dict[int, tuple[Call, ...]]:
 
 def keys_of(calls: Iterable[Call]) -> tuple[Key, ...]:
     """The entries the calls need, each once: experts that share a block need it once."""
-    return tuple(dict.fromkeys(key for call in calls for key in call.keys))
+    calls = tuple(calls)
+    if len(calls) == 1:
+        return calls[0].keys
+    return tuple(dict.fromkeys(chain.from_iterable([call.keys for call in calls])))
 
 
 def moments(items: Iterable[WorkItem]) -> list[tuple[Call, ...]]:

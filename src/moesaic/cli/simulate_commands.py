@@ -1,0 +1,196 @@
+"""simulate, sweep: serving systems judged on a trace."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesaic.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TraceFile = Annotated[Path, typer.Argument(help="A trace: moesaic trace record, synth or replay makes one.")]
+SystemName = Annotated[
+    str,
+    typer.Option(
+        "--system",
+        "-s",
+        help="A preset (read-me, expertflow, exflow, deepspeed, tutel, duplex, sn40l-coe) or a YAML file.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key of the system: --set cache.capacity=8GiB --set batcher.kind=adaptive."),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Cost the routes at the size of another model: llama-2-7b, mixtral-8x7b, ... or a config.json. Default: the "
+        "traced model."
+    ),
+]
+Head = Annotated[int | None, typer.Option(help="Take only the first requests.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    app.command()(simulate)
+    app.command()(sweep)
+
+
+def simulate(
+    trace: TraceFile,
+    system: SystemName = "read-me",
+    changes: Set = None,
+    shape: Shape = None,
+    head: Head = None,
+    rate: Annotated[float, typer.Option(help="Arrivals this many times as fast as the trace's.")] = 1.0,
+    bounds: Annotated[
+        bool, typer.Option(help="Replay the run's cache accesses under LRU, random and the oracle.")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.json, requests.csv, stages.csv and figures.")
+    ] = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Serve TRACE with a system on a modelled device and report hits, bytes, stalls and latencies.
+
+    Example: moesaic simulate conv.trace --system read-me --set cache.capacity=0.5 --shape llama-2-7b
+    """
+    from moesaic.progress import set_quiet
+    from moesaic.simulate.assemble import assemble
+    from moesaic.simulate.output import save
+    from moesaic.simulate.report import dumps, report
+    from moesaic.simulate.system import read_system
+
+    set_quiet(as_json)
+    own = read_system(system, _changes(changes))
+    simulator = assemble(_trace(trace, shape, head, rate), own, seed)
+    begin = time.perf_counter()
+    run = simulator.run(own.name)
+    seconds = time.perf_counter() - begin
+    result = report(simulator, run, own, seed, bounds=bounds)
+    if out is not None:
+        save(out, result, run)
+    if as_json:
+        typer.echo(dumps(result), nl=False)
+        return
+    _show(_summary(result))
+    typer.echo(f"{result['events']:,} trace events in {seconds:.1f} s: {result['events'] / seconds * 60:,.0f} a minute")
+    if out is not None:
+        typer.echo(f"report.json, requests.csv, stages.csv, figures: {out}")
+
+
+def sweep(
+    trace: TraceFile,
+    system: SystemName = "read-me",
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--axis", "-a", help="key=value,value: a key of the system, seed, rate, or load (a share of saturation)."
+        ),
+    ] = None,
+    changes: Set = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs, the table and the figures.")] = Path(
+        "moesaic-sweep"
+    ),
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time.")] = 2,
+    bounds: Annotated[bool, typer.Option(help="Replay every run under LRU, random and the oracle.")] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Run every combination of the axes on TRACE. Finished runs are not repeated when the command is given again.
+
+    Example: moesaic sweep conv.trace -a cache.policy=lru,belady -a cache.capacity=0.3,0.5,0.7 -a load=0.8,1.2
+    """
+    from moesaic.progress import set_quiet
+    from moesaic.simulate import sweep as runs
+    from moesaic.simulate.output import save_table
+
+    set_quiet(as_json)
+    axes = runs.read_axes(axis or ["cache.policy=lru,belady", "cache.capacity=0.25,0.5,0.75,1.0"])
+    fixed = {key: [value] for key, value in _changes(changes).items()}
+    results = runs.run_sweep(runs.Sweep(trace, system, {**fixed, **axes}, bounds), out, jobs)
+    files = save_table(results, out, " ".join(["moesaic", *sys.argv[1:]]))
+    if as_json:
+        typer.echo(json.dumps([{"cell": cell, "report": result} for cell, result in results]))
+        return
+    _show(_grid(results, list(axes)))
+    typer.echo(f"{', '.join(files)}: {out}")
+
+
+def _changes(given: list[str] | None) -> dict[str, Any]:
+    from moesaic.errors import MoesaicError
+    from moesaic.simulate.sweep import read_axes
+
+    changes = read_axes(given or [])
+    for key, values in changes.items():
+        if len(values) > 1:
+            raise MoesaicError(f"--set {key} takes one value; to compare several use moesaic sweep --axis")
+    return {key: value for key, (value,) in changes.items()}
+
+
+def _trace(path: Path, shape: str | None, head: int | None, rate: float) -> Any:
+    from moesaic.schedule.trace import Trace
+    from moesaic.simulate.models import at_size, find_shape
+
+    trace = Trace.load(path)
+    trace = trace if head is None else trace.head(head)
+    trace = trace if shape is None else at_size(trace, find_shape(shape))
+    return trace if rate == 1.0 else trace.scaled(rate)
+
+
+def _summary(result: dict[str, Any]) -> "Table":
+    """The report's main numbers, two columns."""
+    from rich.table import Table
+
+    from moesaic.files import human_bytes
+
+    kept, latency = result.get("kept_ratio", {}), result["latency_s"]
+    table = Table(title=f"{result['system']['name']} on {result['system']['device']}", show_header=False)
+    rows = [
+        ("requests, stages", f"{result['requests']:,}, {result['stages']:,}"),
+        ("cache", f"{human_bytes(result['capacity_bytes'])} of {human_bytes(result['all_bytes'])}"),
+        ("hit ratio: use, call, token, byte", ", ".join(f"{value:.3f}" for value in result["hit_ratio"].values())),
+        *([("kept: own, LRU, random, oracle", ", ".join(f"{kept[n]:.3f}" for n in ("own", "lru", "random", "oracle")))] if kept else []),
+        ("moved a token", human_bytes(result["bytes_per_token"])),
+        ("time in stalls, attention, experts, collectives", ", ".join(f"{result[f'{n}_share']:.1%}" for n in ("stall", "attention", "experts", "collective"))),
+        ("experts, tokens a step", f"{result['experts_per_step']:.2f}, {result['tokens_per_step']:.1f}"),
+        *[(f"{name.replace('_', ' ')} mean, p50, p95, p99", ", ".join(_seconds(latency[name][k]) for k in ("mean", "p50", "p95", "p99"))) for name in latency],
+        ("tokens/s, requests/s", f"{result['throughput']['tokens_per_s']:.1f}, {result['throughput']['requests_per_s']:.3f}"),
+        ("busy: engine, link", ", ".join(f"{value:.1%}" for value in result["busy_share"].values())),
+        ("longest wait: admission, decode", ", ".join(_seconds(value) for value in result["longest_wait_s"].values())),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _grid(results: list[tuple[dict[str, Any], dict[str, Any]]], axes: list[str]) -> "Table":
+    """One row a run."""
+    from rich.table import Table
+
+    from moesaic.simulate.output import COLUMNS, flat
+
+    table = Table(title="sweep")
+    for name in (*axes, *COLUMNS):
+        table.add_column(name.split(".")[-1], justify="right")
+    for cell, result in results:
+        row = flat(result)
+        table.add_row(*(str(cell[axis]) for axis in axes), *(f"{row[name]:.4g}" for name in COLUMNS))
+    return table
+
+
+def _seconds(value: float) -> str:
+    """1.24 s, 3.1 ms."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def _show(table: "Table") -> None:
+    from rich.console import Console
+
+    Console().print(table)
