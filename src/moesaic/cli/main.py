@@ -5,7 +5,14 @@ import sys
 
 import typer
 
-from moesaic.cli import claims_commands, inspect_commands, refactor_commands, simulate_commands, trace_commands, train_commands
+from moesaic.cli import (
+    claims_commands,
+    inspect_commands,
+    refactor_commands,
+    simulate_commands,
+    trace_commands,
+    train_commands,
+)
 from moesaic.errors import MoesaicError
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended; typer turns the interrupt into it

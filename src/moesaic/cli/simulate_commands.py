@@ -29,8 +29,8 @@ Set = Annotated[
 Shape = Annotated[
     str | None,
     typer.Option(
-        help="Cost the routes at the size of another model: llama-2-7b, mixtral-8x7b, ... or a config.json. Default: the "
-        "traced model."
+        help="Cost the routes at the size of another model: llama-2-7b, mixtral-8x7b, ... or a config.json. "
+        "Default: the traced model."
     ),
 ]
 Head = Annotated[int | None, typer.Option(help="Take only the first requests.")]
@@ -75,15 +75,15 @@ def simulate(
     run = simulator.run(own.name)
     seconds = time.perf_counter() - begin
     result = report(simulator, run, own, seed, bounds=bounds)
-    if out is not None:
-        save(out, result, run)
+    files = [] if out is None else save(out, result, run)
     if as_json:
         typer.echo(dumps(result), nl=False)
         return
     _show(_summary(result))
-    typer.echo(f"{result['events']:,} trace events in {seconds:.1f} s: {result['events'] / seconds * 60:,.0f} a minute")
-    if out is not None:
-        typer.echo(f"report.json, requests.csv, stages.csv, figures: {out}")
+    events = result["events"]["choices"]
+    typer.echo(f"{events:,} choices of experts in {seconds:.1f} s: {events / seconds * 60:,.0f} a minute")
+    if files:
+        typer.echo(f"{', '.join(files)}: {out}")
 
 
 def sweep(
@@ -148,26 +148,36 @@ def _summary(result: dict[str, Any]) -> "Table":
     """The report's main numbers, two columns."""
     from rich.table import Table
 
-    from moesaic.files import human_bytes
-
-    kept, latency = result.get("kept_ratio", {}), result["latency_s"]
     table = Table(title=f"{result['system']['name']} on {result['system']['device']}", show_header=False)
-    rows = [
-        ("requests, stages", f"{result['requests']:,}, {result['stages']:,}"),
-        ("cache", f"{human_bytes(result['capacity_bytes'])} of {human_bytes(result['all_bytes'])}"),
-        ("hit ratio: use, call, token, byte", ", ".join(f"{value:.3f}" for value in result["hit_ratio"].values())),
-        *([("kept: own, LRU, random, oracle", ", ".join(f"{kept[n]:.3f}" for n in ("own", "lru", "random", "oracle")))] if kept else []),
-        ("moved a token", human_bytes(result["bytes_per_token"])),
-        ("time in stalls, attention, experts, collectives", ", ".join(f"{result[f'{n}_share']:.1%}" for n in ("stall", "attention", "experts", "collective"))),
-        ("experts, tokens a step", f"{result['experts_per_step']:.2f}, {result['tokens_per_step']:.1f}"),
-        *[(f"{name.replace('_', ' ')} mean, p50, p95, p99", ", ".join(_seconds(latency[name][k]) for k in ("mean", "p50", "p95", "p99"))) for name in latency],
-        ("tokens/s, requests/s", f"{result['throughput']['tokens_per_s']:.1f}, {result['throughput']['requests_per_s']:.3f}"),
-        ("busy: engine, link", ", ".join(f"{value:.1%}" for value in result["busy_share"].values())),
-        ("longest wait: admission, decode", ", ".join(_seconds(value) for value in result["longest_wait_s"].values())),
-    ]  # fmt: skip
-    for row in rows:
-        table.add_row(*row)
+    for name, text in _lines(result).items():
+        table.add_row(name, text)
     return table
+
+
+def _lines(result: dict[str, Any]) -> dict[str, str]:
+    from moesaic.files import human_bytes
+    from moesaic.plotting import duration, percent
+
+    shares = [result[f"{part}_share"] for part in ("stall", "attention", "experts", "collective")]
+    spread = ("mean", "p50", "p95", "p99")
+    lines = {
+        "requests, stages": f"{result['requests']:,}, {result['stages']:,}",
+        "cache": f"{human_bytes(result['capacity_bytes'])} of {human_bytes(result['all_bytes'])}",
+        "hit ratio: use, call, token, byte": ", ".join(f"{value:.3f}" for value in result["hit_ratio"].values()),
+        "moved a token": human_bytes(result["bytes_per_token"]),
+        "time: stall, attention, experts, collective": ", ".join(percent(share, 1) for share in shares),
+        "experts, tokens a step": f"{result['experts_per_step']:.2f}, {result['tokens_per_step']:.1f}",
+        "tokens/s, requests/s": ", ".join(f"{value:.4g}" for value in result["throughput"].values()),
+        "busy: engine, link": ", ".join(percent(share, 1) for share in result["busy_share"].values()),
+        "longest wait: admission, decode": ", ".join(duration(value) for value in result["longest_wait_s"].values()),
+    }
+    for name, values in result["latency_s"].items():
+        lines[f"{name.replace('_', ' ')}: {', '.join(spread)}"] = ", ".join(duration(values[key]) for key in spread)
+    if kept := result.get("kept_ratio"):
+        lines["kept: own, LRU, random, oracle"] = ", ".join(
+            f"{kept[name]:.3f}" for name in ("own", "lru", "random", "oracle")
+        )
+    return lines
 
 
 def _grid(results: list[tuple[dict[str, Any], dict[str, Any]]], axes: list[str]) -> "Table":
@@ -183,11 +193,6 @@ def _grid(results: list[tuple[dict[str, Any], dict[str, Any]]], axes: list[str])
         row = flat(result)
         table.add_row(*(str(cell[axis]) for axis in axes), *(f"{row[name]:.4g}" for name in COLUMNS))
     return table
-
-
-def _seconds(value: float) -> str:
-    """1.24 s, 3.1 ms."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def _show(table: "Table") -> None:

@@ -168,7 +168,7 @@ class _Bill:
 
     def rate_with(self, group: list[Ready], now: float) -> float:
         """The rate if the group joined."""
-        new = {key for ready in group for key in ready.keys} - self.keys
+        new = set().union(*{ready.keys for ready in group}) - self.keys
         fetch = self.fetch + sum(map(self.prices.fetch_s, new))
         run = self.run + sum(map(self.prices.read_s, new)) + len(group) * self.prices.token_s
         value = self.value + sum(self._weight(ready, now) for ready in group)
@@ -176,7 +176,7 @@ class _Bill:
 
     def fetches(self, group: list[Ready]) -> bool:
         """Whether the stage would have to fetch something for it."""
-        return any(self.prices.fetch_s(key) for ready in group for key in ready.keys if key not in self.keys)
+        return any(map(self.prices.fetch_s, set().union(*{ready.keys for ready in group}) - self.keys))
 
     def add(self, ready: Ready, now: float) -> None:
         """The portion is in the stage."""

@@ -38,6 +38,7 @@ class Eviction:
         self._touches = 0
         self._heap: list[tuple[tuple[float, ...], int, Key]] = []
         self._live: dict[Key, int] = {}  # idle key -> stamp of its valid item in the heap
+        self._ranked: dict[Key, tuple[float, ...]] = {}  # idle key -> its rank there
         self._stamp = 0
 
     def rank(self, key: Key, now: int) -> tuple[float, ...]:
@@ -56,9 +57,13 @@ class Eviction:
 
     def idle(self, key: Key, now: int) -> None:
         """Nothing uses the entry any longer: it may leave."""
+        rank = self.rank(key, now)
+        if key in self._live and self._ranked[key] == rank:
+            return
         self._stamp += 1
         self._live[key] = self._stamp
-        heapq.heappush(self._heap, (self.rank(key, now), self._stamp, key))
+        self._ranked[key] = rank
+        heapq.heappush(self._heap, (rank, self._stamp, key))
         if len(self._heap) > 2 * len(self._live) + 64:  # a cache that never evicts must not grow without end
             self._heap = [item for item in self._heap if self._live.get(item[2]) == item[1]]
             heapq.heapify(self._heap)
@@ -161,18 +166,20 @@ class KnownUses:
 
     def __init__(self) -> None:
         self._uses: dict[Key, list[tuple[float, int]]] = {}  # heaps of (at, serial of the owner's announcement)
-        self._owners: dict[Hashable, tuple[int, tuple[Key, ...]]] = {}
+        self._owners: dict[Hashable, tuple[int, tuple[Key, ...], float]] = {}
         self._alive: set[int] = set()
         self._count: Counter[Key] = Counter()  # living announcements of each key
         self._serial = 0
 
     def expect(self, owner: Hashable, at: float, keys: Iterable[Key]) -> tuple[Key, ...]:
         """Announce; returns the keys whose next use may have changed."""
+        kept = tuple(dict.fromkeys(keys))
+        if self._owners.get(owner, (0, (), 0.0))[1:] == (kept, at):
+            return ()
         before = self.done(owner)
         self._serial += 1
         self._alive.add(self._serial)
-        kept = tuple(dict.fromkeys(keys))
-        self._owners[owner] = self._serial, kept
+        self._owners[owner] = self._serial, kept, at
         for key in kept:
             uses = self._uses.setdefault(key, [])
             self._count[key] += 1
@@ -184,19 +191,22 @@ class KnownUses:
 
     def done(self, owner: Hashable) -> tuple[Key, ...]:
         """Withdraw; returns the keys whose next use may have changed."""
-        serial, keys = self._owners.pop(owner, (0, ()))
+        serial, keys, _ = self._owners.pop(owner, (0, (), 0.0))
         self._alive.discard(serial)
-        self._count.subtract(keys)
+        for key in keys:
+            self._count[key] -= 1
         return keys
 
     def next(self, key: Key) -> float:
         """The earliest `at` anyone announced for the key, infinite if nobody did."""
-        uses = self._uses.get(key, [])
-        while uses and uses[0][1] not in self._alive:
-            heapq.heappop(uses)
-        if not uses:
-            self._uses.pop(key, None)
+        uses = self._uses.get(key)
+        if uses is None:
             return math.inf
+        while uses[0][1] not in self._alive:
+            heapq.heappop(uses)
+            if not uses:
+                del self._uses[key]
+                return math.inf
         return uses[0][0]
 
 

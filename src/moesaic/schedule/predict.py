@@ -59,7 +59,7 @@ class Predictor:
 
     def observe(self, layer: int, items: Sequence[WorkItem]) -> None:
         """`layer` has run `items`: score the last prediction for it, and learn."""
-        needed = {key for item in items for key in keys_of(item.at(layer))}
+        needed = {key for item in items for call in item.at(layer) for key in call.keys}
         guess = self._guess.pop(layer, None)
         if guess is not None and needed:
             self._recalls[0] += len(guess & needed) / len(needed)
@@ -123,7 +123,8 @@ class ExactPreGate(Predictor):
         self._next.pop(request, None)
 
     def _chances(self, layer: int, items: Sequence[WorkItem]) -> dict[Key, float]:
-        return {key: 1.0 for item in items if self.visible(item) for key in keys_of(item.at(layer))}
+        seen = [item for item in items if self.visible(item)]
+        return {key: 1.0 for item in seen for call in item.at(layer) for key in call.keys}
 
 
 class Oracle(Predictor):

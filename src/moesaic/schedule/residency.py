@@ -5,8 +5,7 @@ The simulator and a live engine drive the same object, so on the same work they 
     queued(items, stage)        work was queued, or a token was sampled
     begin(items)                a stage starts; its moments are the layers it runs
     ahead(i)                    fetch for the layers from moment i on, as far as the look-ahead goes
-    enter(i)                    moment i starts
-    waves(i)                    its calls in portions that fit; of each: demand(wave), release(wave)
+    waves(i)                    the calls of moment i in portions that fit; of each: demand(wave), release(wave)
     finish()                    the stage is done
     forget(request)             a request ended
 
@@ -58,6 +57,7 @@ class Residency:
         self.stage = 0
         self.now = 0  # waves begun
         self._running = 0  # the pool of the layer that runs
+        self._entered: int | None = None  # the layer that runs
         self.items: Sequence[WorkItem] = ()
         self.moments: list[tuple[Call, ...]] = []
         self._expected: dict[int, dict[Key, float]] = {}  # layer -> prediction for this stage
@@ -101,6 +101,7 @@ class Residency:
         self.stage += 1
         self.items = items
         self.moments = moments(items)
+        self._entered = None
         self._expected.clear()
         if self.predictor.whole_step:
             for calls in self.moments:
@@ -120,12 +121,6 @@ class Residency:
                 self._predict(layer)
             if missing := [key for key in self._expected[layer] if key not in self.caches[layer]]:
                 self.caches[layer].prefetch(missing, self.now)
-
-    def enter(self, i: int) -> None:
-        """Moment i starts: its true routes are there, to learn from, and what was expected of it is withdrawn."""
-        layer = self.moments[i][0].layer
-        self.caches[layer].policy.done(("stage", layer))
-        self.predictor.observe(layer, self.items)
 
     def waves(self, i: int) -> list[tuple[Call, ...]]:
         """The calls of moment i in portions that fit the cache, one after the other: mostly a single one.
@@ -147,11 +142,16 @@ class Residency:
         return [tuple(wave) for wave in waves]
 
     def demand(self, calls: Sequence[Call]) -> Demand:
-        """A wave of a layer starts."""
+        """A wave of a layer starts; with the first, the predictor learns the layer's true routes."""
         layer = calls[0].layer
         cache = self.caches[layer]
         self._running = self.pools.index(cache) if len(self.pools) > 1 else 0
-        return cache.demand(calls, self.now)
+        found = cache.demand(calls, self.now)
+        if layer != self._entered:
+            self._entered = layer
+            cache.policy.done(("stage", layer))  # now that its entries are held, this moves none of them
+            self.predictor.observe(layer, self.items)
+        return found
 
     def release(self, calls: Sequence[Call]) -> None:
         """A wave has run."""

@@ -4,9 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-
-from moesaic.simulate.spread import spread
-from moesaic.simulate.stage_cost import stage_cost
+from typing import cast
 
 from moesaic.errors import MoesaicError
 from moesaic.schedule.eviction import Eviction
@@ -14,11 +12,13 @@ from moesaic.schedule.family import BATCHERS, EVICTIONS, PREDICTORS, make
 from moesaic.schedule.predict import Predictor
 from moesaic.schedule.residency import Residency
 from moesaic.schedule.topology import Topology, preset
-from moesaic.schedule.trace import Trace
+from moesaic.schedule.trace import Granularity, Trace
 from moesaic.schedule.work import Key, Layout
 from moesaic.simulate.channel import Channel
 from moesaic.simulate.prices import Prices
 from moesaic.simulate.simulator import Simulator
+from moesaic.simulate.spread import spread
+from moesaic.simulate.stage_cost import stage_cost
 from moesaic.simulate.system import System, size
 from moesaic.simulate.workload import Workload
 
@@ -31,7 +31,7 @@ def assemble(trace: Trace, system: System, seed: int = 0) -> Simulator:
     Raises MoesaicError for a capacity that is no size, and for parts that need what the trace does not have.
     """
     machine = machine_of(system)
-    layout = trace.layout(system.cache.granularity)
+    layout = trace.layout(cast(Granularity, system.cache.granularity))
     work = Workload(trace, layout)
     capacity = size(system.cache.capacity, layout.total_bytes)
     residency = Residency(

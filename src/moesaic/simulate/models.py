@@ -12,7 +12,6 @@ from typing import Any
 
 from moesaic.errors import MoesaicError
 from moesaic.schedule.family import near
-from moesaic.schedule.card import Card
 from moesaic.schedule.trace import Trace
 
 
@@ -98,28 +97,23 @@ def at_size(trace: Trace, shape: Shape) -> Trace:
         )
     if shape.experts not in (0, card.experts):
         raise MoesaicError(f"{shape.name} has {shape.experts} experts, but the trace chooses among {card.experts}")
-    sizes = {
-        "layers": shape.layers,
-        "d": shape.d,
-        "ffn": shape.ffn if card.blocks is not None or shape.experts else _expert_width(card, shape),
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab": shape.vocab,
-    }
     blocks = None
     if card.blocks is not None:
         rows = [card.blocks[layer * card.layers // shape.layers] for layer in range(shape.layers)]
         blocks = tuple(tuple((max(1, round(w * shape.ffn / card.ffn)), owners) for w, owners in row) for row in rows)
     shared = round(card.shared_params * shape.d * shape.ffn / (card.d * card.ffn))
-    return replace(
-        trace,
-        card=replace(
-            card, model=f"{card.model} at the size of {shape.name}", **sizes, blocks=blocks, shared_params=shared
-        ),
+    whole = card.blocks is None and not shape.experts  # experts cut from a dense FFN: half of it each, as 2410.19123
+    sized = replace(
+        card,
+        model=f"{card.model} at the size of {shape.name}",
+        layers=shape.layers,
+        d=shape.d,
+        ffn=shape.ffn // 2 if whole else shape.ffn,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab=shape.vocab,
+        blocks=blocks,
+        shared_params=shared,
     )
-
-
-def _expert_width(card: Card, shape: Shape) -> int:
-    """Whole experts of a dense model's shape: half of its FFN each (the keep ratio of 2410.19123)."""
-    return max(1, shape.ffn // 2)
+    return replace(trace, card=sized)

@@ -1,11 +1,10 @@
 """What a batcher may ask of the machine before it decides: seconds of fetching, reading and running."""
 
-from moesaic.simulate.stage_cost import StageCost, StageLoad
-
 from moesaic.schedule.cost import move_time
 from moesaic.schedule.residency import Residency
 from moesaic.schedule.topology import Link
 from moesaic.schedule.work import Call, Key
+from moesaic.simulate.stage_cost import StageCost, StageLoad
 
 TOKENS = 256  # a stage on which the price of a further token is read off
 

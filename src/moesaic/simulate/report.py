@@ -34,7 +34,7 @@ def report(simulator: Simulator, run: Run, system: System, seed: int, *, bounds:
         "seed": seed,
         "requests": len(served),
         "stages": len(run.stages),
-        "events": sum(row.calls for row in run.stages),
+        "events": {"choices": sum(row.choices for row in run.stages), "calls": sum(row.calls for row in run.stages)},
         "tokens": {"prompt": sum(each.prompt_tokens for each in served), "generated": generated, "run": tokens},
         "capacity_bytes": sum(cache.capacity for cache in simulator.residency.pools),
         "all_bytes": simulator.work.layout.total_bytes,

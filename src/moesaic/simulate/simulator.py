@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from moesaic.simulate.stage_cost import StageCost, StageLoad
-
 from moesaic.errors import MoesaicError
 from moesaic.progress import Progress
 from moesaic.schedule.batch import Batcher, Portion, Ready, Room
 from moesaic.schedule.residency import Residency
 from moesaic.schedule.work import ANY, Key, WorkItem, keys_of
 from moesaic.simulate.channel import Channel
+from moesaic.simulate.stage_cost import StageCost, StageLoad
 from moesaic.simulate.workload import Workload
 
 
@@ -61,7 +60,8 @@ class StageRow(NamedTuple):
     prefill_tokens: int
     decode_tokens: int
     requests: int
-    calls: int  # expert calls of all items: the events of the trace
+    calls: int  # expert calls of all items
+    choices: int  # of a token, in a layer, for an expert: the events of the trace
     experts: float  # unique experts, mean over layers
     entries: float  # unique entries, mean over layers
     intra_bytes: float
@@ -167,7 +167,6 @@ class Simulator:
         for i in range(len(moments)):
             now += attention
             channel.advance(now)
-            residency.enter(i)
             for wave in residency.waves(i):
                 found = residency.demand(wave)
                 needed.append(keys_of(wave))
@@ -201,6 +200,7 @@ class Simulator:
                 load.decode_tokens,
                 len(items),
                 sum(len(item.calls) for item in items),
+                sum(call.tokens for item in items for call in item.calls),
                 sum(map(len, moments)) / len(moments),
                 sum(map(len, needed)) / len(needed),
                 intra,

@@ -33,7 +33,7 @@ def spread(trace: Trace, machine: Topology, options: Parallel) -> CostSpec:
     if machine.devices == 1 or options.split:
         return spec
     placed = place(trace, machine, options)
-    shares = (None, None)
+    shares: tuple[float | None, float | None] = (None, None)
     if options.collective == "coherent":
         moved = crossing(trace, machine, placed)
         shares = (moved.intra + moved.inter, moved.inter)
