@@ -148,9 +148,9 @@ def test_a_layer_that_needs_more_than_the_cache_runs_in_waves() -> None:
 def test_a_slower_link_and_a_smaller_cache_never_help() -> None:
     trace = made(seed=5)
     seconds = {
-        (device, capacity): simulate(trace, system(device=device, cache__capacity=capacity))["latency_s"]["ttft"]["mean"]
+        (device, share): simulate(trace, system(device=device, cache__capacity=share))["latency_s"]["ttft"]["mean"]
         for device in ("a100-pcie", "h100-pcie")
-        for capacity in (0.4, 1.0)
+        for share in (0.4, 1.0)
     }  # fmt: skip
     assert seconds["h100-pcie", 0.4] <= seconds["a100-pcie", 0.4]
     assert seconds["a100-pcie", 1.0] <= seconds["a100-pcie", 0.4]

@@ -156,6 +156,27 @@ def replay(
     _write(run(_log(arrivals, requests), Trace.load(library), seed).scaled(load), out, as_json)
 
 
+@trace.command()
+def predict(
+    path: Annotated[Path, typer.Argument(help="A trace with token ids: recordings have them.")],
+    out: Out,
+    width: Annotated[int | None, typer.Option(help="Experts named a layer. Default: twice the model's top k.")] = None,
+    folds: Annotated[int, typer.Option(help="Parts; each is answered by a model trained on the others.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each model.")] = 600,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Train a route predictor on a trace and write its answers beside the routes, for systems with predictor learned.
+
+    No request is answered by a model that has seen it. The answers are those of 2410.17954's kind of predictor.
+    """
+    from moesaic.analyze.route_predictor import FitConfig, cross_annotate
+    from moesaic.schedule.trace import Trace
+
+    own = Trace.load(path)
+    _write(cross_annotate(own, width or 2 * own.card.top_k, folds, FitConfig(steps=steps, seed=seed)), out, as_json)
+
+
 def _log(path: Path, requests: int | None) -> "Arrivals":
     from moesaic.errors import MoesaicError
     from moesaic.schedule.replay import read_arrivals

@@ -30,6 +30,8 @@ class Residency:
     per_layer:  a cache of capacity / layers for every layer, as 2410.17954's code has; False = one pool.
     persist:    a decode token that does not exist yet is expected to need what its predecessor did, one stage later:
                 routes are sticky within a request (2410.19123). A guess, replaced by the truth when it is known.
+    horizon:    how many stages ahead queued work counts; None = all of it. A predicted set of everything that waits
+                would protect everything.
     preload:    entries that fill the cache before anything runs, the first that fit.
     """
 
@@ -43,12 +45,13 @@ class Residency:
         lookahead: int = 1,
         per_layer: bool = False,
         persist: bool = False,
+        horizon: int | None = None,
         preload: Sequence[Key] = (),
     ) -> None:
         if lookahead < 0:
             raise MoesaicError(f"a look-ahead of {lookahead} layers: expected at least 0")
         self.layout, self.predictor = layout, predictor
-        self.lookahead, self.persist = lookahead, persist
+        self.lookahead, self.persist, self.horizon = lookahead, persist, horizon
         share = capacity // len(layout.layers) if per_layer else capacity
         pools = [Cache(share, layout.bytes, policy()) for _ in (layout.layers if per_layer else "1")]
         self.caches = {layer: pools[i if per_layer else 0] for i, layer in enumerate(layout.layers)}
@@ -62,6 +65,8 @@ class Residency:
         self.moments: list[tuple[Call, ...]] = []
         self._expected: dict[int, dict[Key, float]] = {}  # layer -> prediction for this stage
         self._steps: dict[int, int] = {}  # request -> its step that is expected
+        self._waiting: dict[tuple[int, int], tuple[int, Sequence[Key]]] = {}  # queued step -> stage it may run in, keys
+        self._due: dict[int, list[tuple[int, int]]] = {}  # stage -> steps to look at when it begins
         self.preloaded = tuple(preload)
         for cache in self.pools:
             cache.preload(key for key in preload if self.caches[key.layer] is cache)
@@ -92,9 +97,9 @@ class Residency:
         """`items` wait, and are expected to run about `stages` stages from now."""
         if not self._listens:
             return
-        for expected in self.predictor.known(items):
-            self._expect(expected.owner, self.stage + stages, expected.keys)
-            self._steps[expected.owner[0]] = expected.owner[1]
+        for owner, _, keys in self.predictor.known(items):
+            self._steps[owner[0]] = owner[1]
+            self._wait(owner, self.stage + stages, keys)
 
     def begin(self, items: Sequence[WorkItem]) -> list[tuple[Call, ...]]:
         """A stage of `items` starts; returns its moments."""
@@ -107,10 +112,15 @@ class Residency:
             for calls in self.moments:
                 self._predict(calls[0].layer)
         for item in items if self._listens else ():
+            self._waiting.pop(item.id, None)
             self._done(item.id)
             if self.persist:
                 self._expect((item.request, item.step + 1), self.stage + 1, item.keys)
                 self._steps[item.request] = item.step + 1
+        for owner in self._due.pop(self.stage, ()):
+            at, keys = self._waiting.get(owner, (0, ()))
+            if at >= self.stage:  # it has come into sight, or was passed over and may run next
+                self._wait(owner, max(at, self.stage + 1), keys)
         return self.moments
 
     def ahead(self, i: int) -> None:
@@ -165,7 +175,9 @@ class Residency:
     def forget(self, request: int) -> None:
         """The request has ended or was cancelled."""
         if request in self._steps:
-            self._done((request, self._steps.pop(request)))
+            owner = request, self._steps.pop(request)
+            self._waiting.pop(owner, None)
+            self._done(owner)
         forget = getattr(self.predictor, "forget", None)
         if forget is not None:
             forget(request)
@@ -185,6 +197,14 @@ class Residency:
         self._expected[layer] = keys = self.predictor.predict(layer, self.items)
         if keys and self._listens:
             self.caches[layer].policy.expect(("stage", layer), self.stage, keys)
+
+    def _wait(self, owner: tuple[int, int], at: int, keys: Sequence[Key]) -> None:
+        """The step waits, to run at stage `at`; expected at once, or when that stage is within the horizon."""
+        self._waiting[owner] = at, keys
+        seen = self.horizon is None or at <= self.stage + self.horizon
+        self._due.setdefault(at if seen else at - self.horizon, []).append(owner)  # type: ignore[operator]
+        if seen:
+            self._expect(owner, at, keys)
 
     def _expect(self, owner: tuple[int, int], at: int, keys: Sequence[Key]) -> None:
         if len(self.pools) == 1:

@@ -33,6 +33,7 @@ def assemble(trace: Trace, system: System, seed: int = 0) -> Simulator:
     machine = machine_of(system)
     layout = trace.layout(cast(Granularity, system.cache.granularity))
     work = Workload(trace, layout)
+    work.guess = system.predictor.kind == "learned"
     capacity = size(system.cache.capacity, layout.total_bytes)
     residency = Residency(
         layout,
@@ -42,6 +43,7 @@ def assemble(trace: Trace, system: System, seed: int = 0) -> Simulator:
         lookahead=system.predictor.lookahead,
         per_layer=system.cache.per_layer,
         persist=system.cache.persist,
+        horizon=system.cache.horizon,
         preload=_preload(system, layout, work, capacity),
     )
     cost = stage_cost(trace.card, layout.bytes, machine, spread(trace, machine, system.parallel))
@@ -87,7 +89,8 @@ def _predictor(system: System, trace: Trace, work: Workload) -> Predictor:
     width = system.predictor.width or max(1, 8 * trace.card.top_k)
     if system.predictor.kind == "learned" and trace.predicted is None:
         raise MoesaicError(
-            "the learned predictor needs a trace with its answers: train one on it (moesaic trace predict) first"
+            "the learned predictor needs a trace with its answers: make one with moesaic trace predict, or, where the "
+            "routes are known before the model runs, take --set predictor.kind=exact-pre-gate"
         )
     options = {"width": system.predictor.width, "answers": work.answers, "route": work.route}
     if system.predictor.kind in ("markov", "popularity"):

@@ -146,8 +146,9 @@ class Simulator:
             item = self.work.decode(request, state.step, state.done_output - 1)
         keys, expert = self.work.visible(item)
         self._items[request] = item
-        self.residency.queued((item,), 1 + self.batcher.tokens // self.limits.max_tokens)
         fresh = not state.done_prompt
+        ahead = len(self.batcher.decodes) if item.phase == "decode" else self.batcher.tokens
+        self.residency.queued((item,), 1 + ahead // self.limits.max_tokens)
         self.batcher.add(Ready(request, item.phase, item.tokens, state.arrival_s, state.since_s, fresh, keys, expert))
 
     def _stage(self, portions: Sequence[Portion]) -> int:

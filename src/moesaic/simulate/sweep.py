@@ -132,7 +132,7 @@ def _run(sweep: Sweep, trace: Trace, cell: Cell, path: Path, scale: float) -> Mo
     """Run a cell and keep its report; returns the error of one that cannot run."""
     own = trace
     if "load" in cell:
-        own = own.scaled(cell["load"] * scale / _rate(trace))
+        own = own.scaled(cell["load"] * scale / arrival_rate(trace))
     if "rate" in cell:
         own = own.scaled(cell["rate"])
     try:
@@ -143,7 +143,7 @@ def _run(sweep: Sweep, trace: Trace, cell: Cell, path: Path, scale: float) -> Mo
     return None
 
 
-def _rate(trace: Trace) -> float:
+def arrival_rate(trace: Trace) -> float:
     """Requests per second of the trace's arrivals."""
     span = float(trace.arrival_s[-1] - trace.arrival_s[0])
     if trace.requests < 2 or span <= 0:

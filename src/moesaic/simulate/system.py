@@ -32,6 +32,7 @@ class Cache:
 
     capacity:  bytes, 8GiB, or a share of all entries (1 = all).
     per_layer: equal slots for every layer instead of one pool.
+    horizon:   stages ahead for which queued work counts as known; null = all.
     persist:   a decode token that does not exist yet is expected to need what its predecessor did.
     pinned:    share of the capacity for the most popular entries (policy pinned); the popularity is that of the first
                tenth of the trace.
@@ -42,6 +43,7 @@ class Cache:
     capacity: float | str = 1.0
     per_layer: bool = False
     persist: bool = False
+    horizon: int | None = None
     preload: bool = True
     pinned: float = 0.5
     sections: int = 4

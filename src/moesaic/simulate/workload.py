@@ -22,6 +22,7 @@ class Workload:
         self.prompt_tokens: list[int] = trace.prompt_tokens.tolist()
         self.output_tokens: list[int] = trace.output_tokens.tolist()
         self.arrival_s: list[float] = trace.arrival_s.tolist()
+        self.guess = False  # whether batchers see the learned predictor's answers instead of the routes
         self._single: dict[bytes, tuple[Call, ...]] = {}
         self._answers: dict[bytes, tuple[Key, ...]] = {}
         self._first: dict[int, int] = {}  # request -> first token of its latest item
@@ -47,7 +48,13 @@ class Workload:
         return WorkItem(request, step, "decode", 1, calls, self.token_known)
 
     def visible(self, item: WorkItem) -> tuple[tuple[Key, ...], int | None]:
-        """What a batcher may know of a queued item: its entries and its majority expert; nothing before a gate."""
+        """What a batcher may know of a queued item: its entries and its majority expert.
+
+        Before a gate that is nothing, or what a learned predictor answered.
+        """
+        if self.guess:
+            keys = self.answers(item)
+            return keys, keys[0].unit
         if item.known_at == Known.GATE:
             return (), None
         found = self._visible.get(id(item.calls))
