@@ -6,6 +6,7 @@ import sys
 import typer
 
 from moesaic.cli import (
+    advise_commands,
     claims_commands,
     inspect_commands,
     refactor_commands,
@@ -34,6 +35,7 @@ app = typer.Typer(
 refactor_commands.add_to(app)
 inspect_commands.add_to(app)
 claims_commands.add_to(app)
+advise_commands.add_to(app)
 train_commands.add_to(app)
 simulate_commands.add_to(app)
 trace_commands.add_to(app)
