@@ -134,7 +134,7 @@ def show(name: str, rows: list[Row]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console(width=160).print(table)
 
 
 def main() -> None:

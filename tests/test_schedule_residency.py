@@ -1,4 +1,4 @@
-"""What is resident: what a policy hears of queued work, what is fetched ahead, waves, and a second engine as witness."""
+"""What is resident: what a policy hears of queued work, what is fetched ahead, waves, a second engine as witness."""
 
 import random
 from collections import Counter

@@ -28,8 +28,8 @@ class Residency:
     policy:     makes the eviction policy of one cache.
     lookahead:  how many layers ahead entries are fetched; 0 fetches on demand alone.
     per_layer:  a cache of capacity / layers for every layer, as 2410.17954's code has; False = one pool.
-    persist:    a decode token that does not exist yet is expected to need what its predecessor did, one stage later:
-                routes are sticky within a request (2410.19123). A guess, replaced by the truth when it is known.
+    persist:    a decode token that does not exist yet is expected to need what its predecessor did: routes are sticky
+                within a request (2410.19123). A guess, replaced by the truth when it is known.
     horizon:    how many stages ahead queued work counts; None = all of it. A predicted set of everything that waits
                 would protect everything.
     preload:    entries that fill the cache before anything runs, the first that fit.
@@ -101,8 +101,8 @@ class Residency:
             self._steps[owner[0]] = owner[1]
             self._wait(owner, self.stage + stages, keys)
 
-    def begin(self, items: Sequence[WorkItem]) -> list[tuple[Call, ...]]:
-        """A stage of `items` starts; returns its moments."""
+    def begin(self, items: Sequence[WorkItem], again: int = 1) -> list[tuple[Call, ...]]:
+        """A stage of `items` starts; returns its moments. Their next tokens may run `again` stages from now."""
         self.stage += 1
         self.items = items
         self.moments = moments(items)
@@ -115,7 +115,7 @@ class Residency:
             self._waiting.pop(item.id, None)
             self._done(item.id)
             if self.persist:
-                self._expect((item.request, item.step + 1), self.stage + 1, item.keys)
+                self._expect((item.request, item.step + 1), self.stage + again, item.keys)
                 self._steps[item.request] = item.step + 1
         for owner in self._due.pop(self.stage, ()):
             at, keys = self._waiting.get(owner, (0, ()))

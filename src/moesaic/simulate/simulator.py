@@ -108,7 +108,7 @@ class Simulator:
         self._arrived = 0
         self._running: set[int] = set()
         self._context = 0  # tokens in the key-value cache
-        self._items: dict[int, WorkItem] = {}  # the next portion of each queued request, whole
+        self._items: dict[int, WorkItem] = {}  # the next portion of each queued request, as announced
         self._keys: dict[tuple[Key, ...], tuple[Key, ...]] = {}  # equal moments share one tuple
 
     def run(self, label: str = "simulate") -> Run:
@@ -137,11 +137,11 @@ class Simulator:
             self._arrived += 1
 
     def _queue(self, request: int) -> None:
-        """The request's next portion is ready."""
+        """The request's next portion is ready. Of a long prompt, what one stage can take is announced."""
         state = self.served[request]
         left = state.prompt_tokens - state.done_prompt
         if left:
-            item = self.work.prefill(request, state.step, state.done_prompt, left)
+            item = self.work.prefill(request, state.step, state.done_prompt, min(left, self.limits.max_tokens))
         else:
             item = self.work.decode(request, state.step, state.done_output - 1)
         keys, expert = self.work.visible(item)
@@ -149,7 +149,7 @@ class Simulator:
         fresh = not state.done_prompt
         ahead = len(self.batcher.decodes) if item.phase == "decode" else self.batcher.tokens
         self.residency.queued((item,), 1 + ahead // self.limits.max_tokens)
-        self.batcher.add(Ready(request, item.phase, item.tokens, state.arrival_s, state.since_s, fresh, keys, expert))
+        self.batcher.add(Ready(request, item.phase, left or 1, state.arrival_s, state.since_s, fresh, keys, expert))
 
     def _stage(self, portions: Sequence[Portion]) -> int:
         """Run a stage; returns how many requests it ended."""
@@ -158,7 +158,7 @@ class Simulator:
         start, stall, experts_s, collective_s, intra, inter = self.now, 0.0, 0.0, 0.0, 0.0, 0.0
         queued, queued_tokens = len(self.batcher), self.batcher.tokens
         residency, channel, cost = self.residency, self.channel, self.cost
-        moments = residency.begin(items)
+        moments = residency.begin(items, 1 + len(self.batcher.decodes) // self.limits.max_tokens)
         needed: list[tuple[Key, ...]] = []
         attention = cost.attention(load) * self.layers
         now = start
@@ -215,10 +215,10 @@ class Simulator:
         return sum(self._after(item) for item in items)
 
     def _taken(self, portion: Portion) -> WorkItem:
-        """The portion as a work item; a prompt that was cut is cut anew."""
+        """The portion as a work item; a prompt of another length than was announced is cut anew."""
         request, tokens = portion
         state, item = self.served[request], self._items.pop(request)
-        if tokens < item.tokens:
+        if tokens != item.tokens:
             item = self.work.prefill(request, state.step, state.done_prompt, tokens)
         wait = self.now - state.since_s
         if state.start_s < 0:
