@@ -3,8 +3,8 @@
     python benchmarks/affinity.py --out benchmarks/results/affinity.json
 
 Made traces with sharp transitions between layers; half of the tokens are fitted, half scored. "search" is
-`affinity_assign.assign` without its exact shortcut, "optimum" the exact chain solver where it can run, "HiGHS" the integer
-programme under a time limit, "bound" the best proven lower bound there is. Ratios are of seconds in this run.
+`affinity_assign.assign` without its exact shortcut, "optimum" the exact chain solver where it can run, "HiGHS" the
+integer programme under a time limit, "bound" the best proven lower bound there is. Ratios are of seconds in this run.
 """
 
 import argparse

@@ -6,23 +6,20 @@ Everything in the answer is a function of trace, model and wish: equal input giv
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from moesaic.errors import MoesaicError
 from moesaic.progress import track
 from moesaic.schedule.card import Card
-from moesaic.schedule.family import BATCHERS, make
 from moesaic.schedule.topology import Topology
-from moesaic.schedule.trace import Trace
+from moesaic.schedule.trace import Granularity, Trace
 from moesaic.simulate import advise_facts as facts_of
 from moesaic.simulate.advise_facts import Ask, Crossing, Numbers
 from moesaic.simulate.advise_rules import RULES, Changes, Facts, Proposal, base, combine, methods, propose, spread_out
 from moesaic.simulate.advise_rules import resident as all_resident
 from moesaic.simulate.assemble import assemble
-from moesaic.simulate.channel import Channel
-from moesaic.simulate.prices import Prices
 from moesaic.simulate.report import report
-from moesaic.simulate.simulator import Run, Simulator
+from moesaic.simulate.simulator import Run
 from moesaic.simulate.spread import spread
 from moesaic.simulate.stage_cost import NUMBER, CostSpec, LayerCost, StageCost, StageLoad, stage_cost
 from moesaic.simulate.system import Parallel, System, build
@@ -195,7 +192,8 @@ def run_option(facts: Facts, name: str, changes: Changes, weight_bytes: float | 
         values.setdefault(table, {})[option] = value
     system = build(System, values)
     crossing = facts.crossing if system.parallel.placement == "affinity" else None
-    simulator = _simulator(trace, system, machine, _spec(trace, machine, system.parallel, crossing), facts)
+    cost = _cost(trace, system, machine, _spec(trace, machine, system.parallel, crossing), facts)
+    simulator = assemble(trace, system, ask.seed, machine=machine, cost=cost)
     run = simulator.run(name)
     return report(simulator, run, system, ask.seed, bounds=False), run
 
@@ -214,17 +212,13 @@ def _spec(trace: Trace, machine: Topology, options: Parallel, crossing: Crossing
     )
 
 
-def _simulator(trace: Trace, system: System, machine: Topology, spec: CostSpec, facts: Facts) -> Simulator:
-    """What `assemble` makes, on a machine that is no preset: what is kept does not depend on the machine."""
-    parts = assemble(trace, replace(system, device="cpu-box", parallel=Parallel()), facts.ask.seed)
-    residency, sizes, link = parts.residency, parts.work.layout.bytes, machine.links[0]
+def _cost(trace: Trace, system: System, machine: Topology, spec: CostSpec, facts: Facts) -> StageCost:
+    """Costs of the trace on the machine; of experts in fewer bytes than the backbone where the option says so."""
+    sizes = trace.layout(cast(Granularity, system.cache.granularity)).bytes
     cost = stage_cost(trace.card, sizes, machine, spec)
-    if trace.card.weight_bytes != facts.trace.card.weight_bytes:
-        cost = TwoPrecisions(stage_cost(facts.trace.card, sizes, machine, spec), cost)
-    prices = Prices(residency, cost, link, trace.card.layers)
-    options = {name: value for name, value in asdict(system.batcher).items() if name != "kind"}
-    batcher = make(BATCHERS, "batcher", system.batcher.kind, prices=prices, **options)
-    return Simulator(parts.work, residency, Channel(residency, link), batcher, cost, system.limits)
+    if trace.card.weight_bytes == facts.trace.card.weight_bytes:
+        return cost
+    return TwoPrecisions(stage_cost(facts.trace.card, sizes, machine, spec), cost)
 
 
 class TwoPrecisions(StageCost):

@@ -18,19 +18,21 @@ from moesaic.simulate.channel import Channel
 from moesaic.simulate.prices import Prices
 from moesaic.simulate.simulator import Simulator
 from moesaic.simulate.spread import spread
-from moesaic.simulate.stage_cost import stage_cost
+from moesaic.simulate.stage_cost import StageCost, stage_cost
 from moesaic.simulate.system import System, size
 from moesaic.simulate.workload import Workload
 
 POPULARITY_SHARE = 0.1  # of the requests, the first ones: what "popular" and "likely" are measured on
 
 
-def assemble(trace: Trace, system: System, seed: int = 0) -> Simulator:
-    """A simulator of `system`, ready to run `trace`.
+def assemble(
+    trace: Trace, system: System, seed: int = 0, *, machine: Topology | None = None, cost: StageCost | None = None
+) -> Simulator:
+    """A simulator of `system`, ready to run `trace`; on another machine than its preset, or at other costs, if given.
 
     Raises MoesaicError for a capacity that is no size, and for parts that need what the trace does not have.
     """
-    machine = machine_of(system)
+    machine = machine or machine_of(system)
     layout = trace.layout(cast(Granularity, system.cache.granularity))
     work = Workload(trace, layout)
     work.guess = system.predictor.kind == "learned"
@@ -46,7 +48,7 @@ def assemble(trace: Trace, system: System, seed: int = 0) -> Simulator:
         horizon=system.cache.horizon,
         preload=_preload(system, layout, work, capacity),
     )
-    cost = stage_cost(trace.card, layout.bytes, machine, spread(trace, machine, system.parallel))
+    cost = cost or stage_cost(trace.card, layout.bytes, machine, spread(trace, machine, system.parallel))
     link = machine.links[0]
     channel = Channel(residency, link)
     layers = trace.card.layers

@@ -182,7 +182,7 @@ CLAIM = Claim(
         "switch_fits": f"the largest share up to {POOLS[3]} experts, both DGX",
         "jump": "the smallest pool with any switching, the later of both DGX",
         **{
-            f"speed_{name}_{out}_{batch}": f"SN40L's gain over {NAMES[name]}, {out} tokens, batch {batch} (paper: {paper})"
+            f"speed_{name}_{out}_{batch}": f"gain over {NAMES[name]}, {out} tokens, batch {batch} (paper: {paper})"
             for name, out, batch, paper in CASES
         },
         **{
