@@ -36,6 +36,11 @@ Shape = Annotated[
 Head = Annotated[int | None, typer.Option(help="Take only the first requests.")]
 
 
+# A sweep's numbers in the terminal, with short heads.
+SHOWN = {"kept.own": "kept", "kept.oracle": "oracle", "stall_share": "stall", "ttft_p95_s": "TTFT p95"}
+SHOWN |= {"normalised_mean_s": "s/token", "e2e_p95_s": "end p95"}
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this file."""
     app.command()(simulate)
@@ -181,17 +186,19 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _grid(results: list[tuple[dict[str, Any], dict[str, Any]]], axes: list[str]) -> "Table":
-    """One row a run."""
+    """One row a run: the axes and the few numbers a terminal has room for."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    from moesaic.simulate.output import COLUMNS, flat
+    from moesaic.simulate.output import flat
 
-    table = Table(title="sweep")
-    for name in (*axes, *COLUMNS):
+    axes = [axis for axis in axes if len({str(cell[axis]) for cell, _ in results}) > 1]
+    table = Table(title="seconds and shares; sweep.csv has every number", box=SIMPLE)
+    for name in (*axes, *SHOWN.values()):
         table.add_column(name.split(".")[-1], justify="right")
     for cell, result in results:
         row = flat(result)
-        table.add_row(*(str(cell[axis]) for axis in axes), *(f"{row[name]:.4g}" for name in COLUMNS))
+        table.add_row(*(str(cell[axis]) for axis in axes), *(f"{row[name]:.3g}" for name in SHOWN))
     return table
 
 
