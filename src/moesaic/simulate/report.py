@@ -62,6 +62,7 @@ def report(simulator: Simulator, run: Run, system: System, seed: int, *, bounds:
         },
         "throughput": {"tokens_per_s": generated / span, "requests_per_s": len(served) / span},
         "busy_share": {"engine": seconds / span, "link": run.link_busy_s / span},
+        "unit_share": {name: busy / max(seconds, 1e-12) for name, busy in run.unit_busy_s.items()},
         "longest_queue": max((row.queued for row in run.stages), default=0),
         "peak_context_tokens": run.most_context,
         **_parallel(simulator),

@@ -15,7 +15,7 @@ from moesaic.schedule.batch import Batcher, Portion, Ready, Room
 from moesaic.schedule.residency import Residency
 from moesaic.schedule.work import ANY, Key, WorkItem, keys_of
 from moesaic.simulate.channel import Channel
-from moesaic.simulate.stage_cost import StageCost, StageLoad
+from moesaic.simulate.stage_cost import LayerCost, StageCost, StageLoad
 from moesaic.simulate.workload import Workload
 
 
@@ -79,11 +79,29 @@ class Run:
     requests: list[Served]
     stages: list[StageRow] = field(default_factory=list)
     moments: list[tuple[Key, ...]] = field(default_factory=list)
-    moment_stage: list[int] = field(default_factory=list)
     end_s: float = 0.0
     link_busy_s: float = 0.0
-    unit_busy_s: list[float] = field(default_factory=list)
+    unit_busy_s: dict[str, float] = field(default_factory=dict)  # seconds each unit ran experts
     most_context: int = 0  # largest sum of contexts of running requests: the key-value cache in tokens
+
+
+@dataclass
+class _Sums:
+    """What a stage adds up over its layers."""
+
+    stall_s: float = 0.0
+    experts_s: float = 0.0
+    collective_s: float = 0.0
+    intra: float = 0.0
+    inter: float = 0.0
+    needed: list[tuple[Key, ...]] = field(default_factory=list)
+
+    def add(self, stall: float, layer: LayerCost) -> None:
+        self.stall_s += stall
+        self.experts_s += layer.experts_s
+        self.collective_s += layer.collective_s
+        self.intra += layer.intra_bytes
+        self.inter += layer.inter_bytes
 
 
 class Simulator:
@@ -105,6 +123,8 @@ class Simulator:
         self.served = [Served(*each) for each in lengths]
         self.run_ = Run(self.served)
         self.layers = work.trace.card.layers if work.layout.layers == (ANY,) else 1  # layers that a moment stands for
+        self._units = [unit.name for unit in cost.units]
+        self.run_.unit_busy_s = dict.fromkeys(self._units, 0.0)
         self._arrived = 0
         self._running: set[int] = set()
         self._context = 0  # tokens in the key-value cache
@@ -154,65 +174,64 @@ class Simulator:
     def _stage(self, portions: Sequence[Portion]) -> int:
         """Run a stage; returns how many requests it ended."""
         items = [self._taken(portion) for portion in portions]
-        load = self._load(items)
-        start, stall, experts_s, collective_s, intra, inter = self.now, 0.0, 0.0, 0.0, 0.0, 0.0
-        queued, queued_tokens = len(self.batcher), self.batcher.tokens
-        residency, channel, cost = self.residency, self.channel, self.cost
-        moments = residency.begin(items, 1 + len(self.batcher.decodes) // self.limits.max_tokens)
-        needed: list[tuple[Key, ...]] = []
-        attention = cost.attention(load) * self.layers
-        now = start
-        channel.advance(now)
-        residency.ahead(0)
-        channel.kick(now)
+        load, sums = self._load(items), _Sums()
+        start, queued, queued_tokens = self.now, len(self.batcher), self.batcher.tokens
+        moments = self.residency.begin(items, 1 + len(self.batcher.decodes) // self.limits.max_tokens)
+        attention = self.cost.attention(load) * self.layers
+        self.channel.advance(start)
+        self.residency.ahead(0)
+        self.channel.kick(start)
         for i in range(len(moments)):
-            now += attention
-            channel.advance(now)
-            for wave in residency.waves(i):
-                found = residency.demand(wave)
-                needed.append(keys_of(wave))
-                residency.ahead(i + 1)
-                channel.kick(now)
-                ready = channel.wait(found.late + found.misses, now)
-                layer = cost.experts(wave, load)
-                stall += ready - now
-                now = ready + layer.experts_s + layer.collective_s
-                experts_s += layer.experts_s
-                collective_s += layer.collective_s
-                intra += layer.intra_bytes
-                inter += layer.inter_bytes
-                channel.advance(now)
-                residency.release(wave)
-        now += cost.ends(load)
-        channel.advance(now)
-        residency.finish()
-        self.now = now
-        self.run_.moments += [self._keys.setdefault(keys, keys) for keys in needed]
-        self.run_.moment_stage += [len(self.run_.stages)] * len(needed)
+            self.now += attention
+            self._moment(i, load, sums)
+        self.now += self.cost.ends(load)
+        self.channel.advance(self.now)
+        self.residency.finish()
+        self.run_.moments += sums.needed
         self.run_.stages.append(
             StageRow(
-                start,
-                now - start,
-                stall,
-                attention * len(moments),
-                experts_s,
-                collective_s,
-                load.prefill_tokens,
-                load.decode_tokens,
-                len(items),
-                sum(len(item.calls) for item in items),
-                sum(call.tokens for item in items for call in item.calls),
-                sum(map(len, moments)) / len(moments),
-                sum(map(len, needed)) / len(needed),
-                intra,
-                inter,
-                queued,
-                queued_tokens,
-                len(self._running),
-                residency.taken,
+                start_s=start,
+                seconds=self.now - start,
+                stall_s=sums.stall_s,
+                attention_s=attention * len(moments),
+                experts_s=sums.experts_s,
+                collective_s=sums.collective_s,
+                prefill_tokens=load.prefill_tokens,
+                decode_tokens=load.decode_tokens,
+                requests=len(items),
+                calls=sum(len(item.calls) for item in items),
+                choices=sum(call.tokens for item in items for call in item.calls),
+                experts=sum(map(len, moments)) / len(moments),
+                entries=sum(map(len, sums.needed)) / len(moments),
+                intra_bytes=sums.intra,
+                inter_bytes=sums.inter,
+                queued=queued,
+                queued_tokens=queued_tokens,
+                running=len(self._running),
+                resident_bytes=self.residency.taken,
             )
         )
         return sum(self._after(item) for item in items)
+
+    def _moment(self, i: int, load: StageLoad, sums: "_Sums") -> None:
+        """One layer of the stage after its attention: wait for the entries of each wave, run its experts."""
+        residency, channel, now = self.residency, self.channel, self.now
+        for wave in residency.waves(i):
+            channel.advance(now)
+            found = residency.demand(wave)
+            residency.ahead(i + 1)
+            channel.kick(now)
+            ready = channel.wait(found.late + found.misses, now)
+            layer = self.cost.experts(wave, load)
+            sums.add(ready - now, layer)
+            keys = keys_of(wave)
+            sums.needed.append(self._keys.setdefault(keys, keys))
+            for name, seconds in zip(self._units, layer.busy, strict=True):
+                self.run_.unit_busy_s[name] += seconds
+            now = ready + layer.experts_s + layer.collective_s
+            channel.advance(now)
+            residency.release(wave)
+        self.now = now
 
     def _taken(self, portion: Portion) -> WorkItem:
         """The portion as a work item; a prompt of another length than was announced is cut anew."""
