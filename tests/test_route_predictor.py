@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from moesaic.analyze.route_predictor import (
     CONFIG,
@@ -24,9 +25,12 @@ from moesaic.analyze.route_predictor import (
 )
 from moesaic.analyze.route_recall import measure
 from moesaic.analyze.route_sequences import TokenRows, folds, groups, popularity, sequences, split, token_ids
+from moesaic.cli.main import app
 from moesaic.errors import MoesaicError
 from moesaic.schedule.synthetic import Synthetic, synthesize
 from moesaic.schedule.trace import EMPTY, Card, Trace
+from moesaic.simulate.sweep import simulate
+from moesaic.simulate.system import read_system
 
 V, E, L, K = 24, 8, 2, 2
 CARD = Card("m", layers=L, experts=E, top_k=K, known_at="gate", d=8, ffn=16, heads=2, kv_heads=1, head_dim=4, vocab=V)
@@ -273,6 +277,27 @@ def test_cross_annotate_answers_unseen_requests(trace: Trace) -> None:
     assert np.array_equal(done.predicted[mine], alone.predicted[mine])
     hits = (done.predicted[..., None] == trace.routes[..., None, :]).any(-1).mean()
     assert hits > 0.6 and (done.predicted != EMPTY).all()
+
+
+def test_the_command_makes_a_trace_that_expertflow_runs_on(tmp_path: Path, trace: Trace) -> None:
+    trace.save(path := tmp_path / "plain.trace")
+    common = [
+        "trace",
+        "predict",
+        str(path),
+        "--out",
+        str(out := tmp_path / "predicted.trace"),
+        "--steps",
+        "30",
+        "--json",
+    ]
+    said = CliRunner().invoke(app, common)
+    assert said.exit_code == 0, said.output
+    predicted = Trace.load(out)
+    assert predicted.predicted is not None and predicted.predicted.shape == (*trace.routes.shape[:2], 2 * K)
+    assert np.array_equal(predicted.routes, trace.routes)
+    result = simulate(predicted, read_system("expertflow", {"limits.max_tokens": 8}))
+    assert 0.3 < result["recall"] <= 1  # two of eight experts at random: less than that, for single tokens
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
