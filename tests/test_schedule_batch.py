@@ -189,6 +189,22 @@ def test_serial_requests_run_one_after_the_other_and_grouped_by_expert() -> None
     assert served == [1, 0, 2, 3]  # the batch of three: expert 0 first, then both of expert 1; then the next batch
 
 
+def test_the_forecast_counts_what_stands_before() -> None:
+    kind = DecodeFirst()
+    queue = [ready(0, "prefill", 6), ready(1, "prefill", 5), ready(2), ready(3)]
+    assert [kind.ahead(each) for each in queue[:1]] == [0]
+    for each in queue:
+        kind.add(each)
+    assert [kind.ahead(each) for each in queue] == [0, 6, 0, 1]
+    assert [kind.ahead(each) for each in (ready(7, "prefill", 2), ready(8))] == [11, 2]
+    assert formed(kind, 8) == [(2, 1), (3, 1), (0, 6)]
+    assert kind.ahead(queue[1]) == 0
+    longest = LongestQueue()
+    for request, expert in enumerate((0, 0, 0, 1, 1, 2)):
+        longest.add(ready(request, expert=expert))
+    assert [longest.ahead(ready(9, expert=expert)) for expert in range(3)] == [0, 3, 5]
+
+
 def longest_by_hand(queues: dict[int, list[Ready]], budget: int) -> list[int]:
     """Algorithm 1, mended, as plainly as possible."""
     taken: list[int] = []

@@ -88,6 +88,14 @@ def test_what_was_passed_over_may_run_next() -> None:
         assert policy.at == {(0, 0): stage + 1}
 
 
+def test_what_was_passed_over_and_may_not_run_soon_is_expected_no_longer() -> None:
+    policy = Told()
+    kept = resident(policy)
+    kept.queued([token(0, 0, 1), token(1, 0, 2)], stages=1)
+    kept.begin([token(9, 0, 3)], forecast=lambda request: 4 if request else None)
+    assert {owner: at for owner, at in policy.at.items() if owner in ((0, 0), (1, 0))} == {(1, 0): 5}
+
+
 def test_beyond_the_horizon_nothing_is_expected_yet() -> None:
     policy = Told()
     kept = resident(policy, horizon=1)

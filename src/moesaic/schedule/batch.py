@@ -11,7 +11,7 @@ portions; a decision costs O(log n) per portion taken.
 
 import heapq
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -99,6 +99,9 @@ class Batcher:
         self.prefills: OrderedDict[int, Ready] = OrderedDict()
         self.decodes: OrderedDict[int, Ready] = OrderedDict()
         self.tokens = 0  # of all that is ready
+        self._entered: Counter[str] = Counter()  # tokens by phase, ever
+        self._left: Counter[str] = Counter()
+        self._place: dict[int, int] = {}  # request -> tokens that had entered before it
 
     def __len__(self) -> int:
         return len(self.ready)
@@ -111,9 +114,12 @@ class Batcher:
             raise MoesaicError(f"request {ready.request} queues {ready.tokens} tokens: expected at least 1")
         self.ready[ready.request] = ready
         self.tokens += ready.tokens
+        self._place[ready.request] = self._entered[ready.phase]
+        self._entered[ready.phase] += ready.tokens
         (self.decodes if ready.phase == "decode" else self.prefills)[ready.request] = ready
         if ready.phase == "prefill" and not ready.fresh:
             self.prefills.move_to_end(ready.request, last=False)  # the rest of a prompt that was cut goes on first
+            self._place[ready.request] = 0
         self._added(ready)
 
     def ended(self, request: int) -> None:
@@ -129,6 +135,14 @@ class Batcher:
             self._remove(self.ready[portion.request])
         return stage.portions
 
+    def ahead(self, ready: Ready) -> int:
+        """Tokens of its phase that are queued before this portion, which may be queued or not: a forecast for caches.
+
+        Exact while the queue is served in order: what entered before it minus what has left.
+        """
+        entered = self._place.get(ready.request, self._entered[ready.phase])
+        return max(0, entered - self._left[ready.phase])
+
     def _fill(self, stage: Stage, now: float) -> None:
         raise NotImplementedError
 
@@ -141,6 +155,8 @@ class Batcher:
     def _remove(self, ready: Ready) -> None:
         del self.ready[ready.request]
         self.tokens -= ready.tokens
+        self._left[ready.phase] += ready.tokens
+        del self._place[ready.request]
         (self.decodes if ready.phase == "decode" else self.prefills).pop(ready.request)
         self._removed(ready)
 

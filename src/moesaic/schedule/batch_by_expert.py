@@ -44,6 +44,12 @@ class LongestQueue(Batcher):
             del self._queues[ready.expert][ready.request]
             self._lengthen(ready.expert, -ready.tokens)
 
+    def ahead(self, ready: Ready) -> int:
+        """The tokens of longer queues; of a prompt that is in no queue yet, what arrived before it too."""
+        own = self._lengths.get(ready.expert, 0)
+        longer = sum(length for expert, length in self._lengths.items() if expert != ready.expert and length > own)
+        return longer + (super().ahead(ready) if ready.request in self._fresh or ready.fresh else 0)
+
     def _enqueue(self, ready: Ready) -> None:
         queue = self._queues.setdefault(ready.expert, OrderedDict())
         queue[ready.request] = ready

@@ -101,8 +101,14 @@ class Residency:
             self._steps[owner[0]] = owner[1]
             self._wait(owner, self.stage + stages, keys)
 
-    def begin(self, items: Sequence[WorkItem], again: int = 1) -> list[tuple[Call, ...]]:
-        """A stage of `items` starts; returns its moments. Their next tokens may run `again` stages from now."""
+    def begin(
+        self, items: Sequence[WorkItem], again: int = 1, forecast: Callable[[int], int | None] = lambda request: 1
+    ) -> list[tuple[Call, ...]]:
+        """A stage of `items` starts; returns its moments.
+
+        again: stages from now in which their next tokens may run. forecast: the same of a request that was passed over,
+        None if nobody can say.
+        """
         self.stage += 1
         self.items = items
         self.moments = moments(items)
@@ -119,8 +125,15 @@ class Residency:
                 self._steps[item.request] = item.step + 1
         for owner in self._due.pop(self.stage, ()):
             at, keys = self._waiting.get(owner, (0, ()))
-            if at >= self.stage:  # it has come into sight, or was passed over and may run next
-                self._wait(owner, max(at, self.stage + 1), keys)
+            if at > self.stage:  # it has come into sight
+                self._wait(owner, at, keys)
+            elif at == self.stage:  # it was passed over
+                stages = forecast(owner[0])
+                if stages is None:
+                    del self._waiting[owner]
+                    self._done(owner)
+                else:
+                    self._wait(owner, self.stage + stages, keys)
         return self.moments
 
     def ahead(self, i: int) -> None:

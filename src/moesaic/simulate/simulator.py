@@ -167,16 +167,24 @@ class Simulator:
         keys, expert = self.work.visible(item)
         self._items[request] = item
         fresh = not state.done_prompt
-        ahead = len(self.batcher.decodes) if item.phase == "decode" else self.batcher.tokens
-        self.residency.queued((item,), 1 + ahead // self.limits.max_tokens)
-        self.batcher.add(Ready(request, item.phase, left or 1, state.arrival_s, state.since_s, fresh, keys, expert))
+        ready = Ready(request, item.phase, left or 1, state.arrival_s, state.since_s, fresh, keys, expert)
+        if (stages := self._stages(ready)) is not None:
+            self.residency.queued((item,), stages)
+        self.batcher.add(ready)
+
+    def _stages(self, ready: Ready) -> int | None:
+        """In how many stages from now the portion may run; nobody knows when a request ends and another is admitted."""
+        if ready.fresh and len(self._running) >= self.limits.max_requests:
+            return None
+        return 1 + self.batcher.ahead(ready) // self.limits.max_tokens
 
     def _stage(self, portions: Sequence[Portion]) -> int:
         """Run a stage; returns how many requests it ended."""
         items = [self._taken(portion) for portion in portions]
         load, sums = self._load(items), _Sums()
         start, queued, queued_tokens = self.now, len(self.batcher), self.batcher.tokens
-        moments = self.residency.begin(items, 1 + len(self.batcher.decodes) // self.limits.max_tokens)
+        again = 1 + len(self.batcher.decodes) // self.limits.max_tokens
+        moments = self.residency.begin(items, again, lambda request: self._stages(self.batcher.ready[request]))
         attention = self.cost.attention(load) * self.layers
         self.channel.advance(start)
         self.residency.ahead(0)
