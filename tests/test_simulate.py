@@ -13,7 +13,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from moesaic.cli.main import app
 from moesaic.errors import MoesaicError
 from moesaic.schedule.cost import move_time
 from moesaic.schedule.family import BATCHERS
@@ -182,6 +184,25 @@ def test_same_seed_same_bytes_in_another_process(tmp_path: Path) -> None:
 def test_another_seed_is_another_run() -> None:
     own = system(cache__policy="random")
     assert dumps(simulate(made(), own, 0)) != dumps(simulate(made(), own, 1))
+
+
+def test_measured_operator_times_slow_a_device_down(tmp_path: Path) -> None:
+    """A GPU that was seen to reach a tenth of its peaks: experts take ten times as long, fetches as before."""
+    rows = ["gpu,num_tokens,tensor_parallel,mlp_up_proj,mlp_down_proj"]
+    for tokens in (1, 8, 64, 512, 4096):
+        seconds = [
+            10 * max(2 * tokens * a * b / 312e12, 2 * (a * b + tokens * (a + b)) / 1.935e12)
+            for a, b in ((4096, 22016), (11008, 4096))
+        ]
+        rows.append(f"slow,{tokens},1,{seconds[0] * 1e3},{seconds[1] * 1e3}")
+    (tmp_path / "times.csv").write_text("\n".join(rows))
+    made().save(trace := tmp_path / "made.trace")
+    command = ["simulate", str(trace), "--set", "cache.capacity=1.0", "--json"]
+    plain = json.loads(CliRunner().invoke(app, command).stdout)
+    slow = json.loads(
+        CliRunner().invoke(app, [*command, "--op-times", str(tmp_path / "times.csv"), "--gpu", "slow"]).stdout
+    )
+    assert slow["latency_s"]["tpot"]["mean"] == pytest.approx(10 * plain["latency_s"]["tpot"]["mean"], rel=0.05)
 
 
 # -- presets -----------------------------------------------------------------------------------------------------------

@@ -57,6 +57,11 @@ def simulate(
     bounds: Annotated[
         bool, typer.Option(help="Replay the run's cache accesses under LRU, random and the oracle.")
     ] = True,
+    op_times: Annotated[
+        Path | None,
+        typer.Option(help="Measured operator times (Vidur's CSV of an FFN): the device runs at the rates found there."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Which GPU of --op-times.")] = "a100",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for report.json, requests.csv, stages.csv and figures.")
     ] = None,
@@ -68,14 +73,16 @@ def simulate(
     Example: moesaic simulate conv.trace --system read-me --set cache.capacity=0.5 --shape llama-2-7b
     """
     from moesaic.progress import set_quiet
-    from moesaic.simulate.assemble import assemble
+    from moesaic.simulate.assemble import assemble, machine_of
     from moesaic.simulate.output import save
     from moesaic.simulate.report import dumps, report
+    from moesaic.simulate.stage_cost import calibrated
     from moesaic.simulate.system import read_system
 
     set_quiet(as_json)
     own = read_system(system, _changes(changes))
-    simulator = assemble(_trace(trace, shape, head, rate), own, seed)
+    machine = None if op_times is None else calibrated(machine_of(own), op_times, gpu)
+    simulator = assemble(_trace(trace, shape, head, rate), own, seed, machine=machine)
     begin = time.perf_counter()
     run = simulator.run(own.name)
     seconds = time.perf_counter() - begin
