@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from moesaic.progress import set_quiet
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(
@@ -22,8 +24,17 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),  # for subprocesses
 )
 
+os.environ.pop("MOESAIC_PROGRESS", None)  # what a user's shell says is no test's business
+
 settings.register_profile("moesaic", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("moesaic")
+
+
+@pytest.fixture(autouse=True)
+def progress_as_new() -> Iterator[None]:
+    """A command run with --json switches the progress of its whole process off."""
+    yield
+    set_quiet(False)
 
 
 @pytest.fixture(scope="session", autouse=True)
