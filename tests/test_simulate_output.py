@@ -20,7 +20,7 @@ from moesaic.simulate import figures, output
 from moesaic.simulate.assemble import assemble
 from moesaic.simulate.report import latencies, report
 from moesaic.simulate.simulator import Run, Served, StageRow
-from moesaic.simulate.system import Batcher, Cache, System
+from moesaic.simulate.system import BatcherOptions, CacheOptions, System
 
 WIDE = "\u00a0"  # between a number and its unit, so that no line breaks there
 Cell = dict[str, Any]
@@ -101,7 +101,7 @@ def is_picture(path: Path) -> bool:
 def test_a_simulated_run_as_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     options = Synthetic(requests=20, rate=200.0, prompt=20, output=6, layers=2, route_layers=2, experts=4, d=64, ffn=64)
-    system = System(name="tiny", cache=Cache(capacity=0.5), batcher=Batcher(kind="fcfs"))
+    system = System(name="tiny", cache=CacheOptions(capacity=0.5), batcher=BatcherOptions(kind="fcfs"))
     simulator = assemble(synthesize(options), system)
     run = simulator.run()
     result = report(simulator, run, system, 0)

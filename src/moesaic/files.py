@@ -53,7 +53,7 @@ def human_bytes(count: float) -> str:
 def atomic_write_text(path: PathLike, text: str) -> None:
     """Replace the file `path` by `text` (UTF-8); raises DiskFullError, and then the old file still stands."""
     data = text.encode()
-    with _replacing(Path(path), needed=len(data)) as temporary:
+    with replacing(Path(path), needed=len(data)) as temporary:
         _write_bytes(temporary, data)
 
 
@@ -153,7 +153,7 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in whole.values())
-    with _replacing(Path(path), needed) as temporary:
+    with replacing(Path(path), needed) as temporary:
         save_file(whole, temporary, dict(metadata) if metadata else None)
 
 
@@ -174,7 +174,7 @@ def load_metadata(path: PathLike) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, needed: int | None = None) -> Iterator[Path]:
+def replacing(path: Path, needed: int | None = None) -> Iterator[Path]:
     """A temporary file name beside `path` that takes its place when the block ends well."""
     temporary = _temporary(path)
     with storage_errors(path, needed):

@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MissingExtraError
-from moesaic.files import TEMPORARY, storage_errors
+from moesaic.files import replacing
 
 PathLike = str | os.PathLike[str]
 INK, QUIET, RULE = "#1a1a1a", "#5f5f5f", "#c8c8c8"
@@ -61,17 +60,8 @@ def drawing(path: PathLike, width: float, height: float, title: str, subtitle: s
         figure.text(0.15 / width, 1 - 0.12 / total, "\n".join(titles), size=13, weight="bold", **heading)
         figure.text(0.15 / width, 1 - below / total, "\n".join(subtitles), color=QUIET, **heading)
         yield figure
-        _write(figure, Path(path))
-
-
-def _write(figure: Any, path: Path) -> None:
-    """The picture as a file; it takes its place when it is whole."""
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}{TEMPORARY}") as folder:
-            drawn = Path(folder) / "drawn.png"
-            figure.savefig(drawn, dpi=DPI, format="png", metadata={"Software": None})
-            os.replace(drawn, path)
+        with replacing(Path(path)) as whole:
+            figure.savefig(whole, dpi=DPI, format="png", metadata={"Software": None})
 
 
 def label_at(axes: Any, text: str, at: Any, coordinates: Any, offset: tuple[float, float], **look: Any) -> None:

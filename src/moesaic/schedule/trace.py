@@ -10,8 +10,6 @@ tokens, bytes. The file is safetensors, docs/traces.md describes it.
 import contextlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moesaic.errors import MoesaicError
-from moesaic.files import TEMPORARY, human_bytes, storage_errors, sync_to_disk
+from moesaic.files import human_bytes, replacing
 from moesaic.schedule.card import Card, choices
 from moesaic.schedule.work import Layout
 
@@ -332,17 +330,8 @@ class Trace:
         except (TypeError, ValueError) as error:
             raise MoesaicError(f"the trace's meta cannot be written as JSON: {error}") from error
         columns = {name: getattr(self, name) for name in DTYPES if getattr(self, name) is not None}
-        temporary = path.with_name(f".{path.name}{TEMPORARY}{secrets.token_hex(4)}")
-        with storage_errors(path, sum(column.nbytes for column in columns.values())):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({name: np.ascontiguousarray(c) for name, c in columns.items()}, temporary, {FORMAT: text})
-                sync_to_disk(temporary)
-                os.replace(temporary, path)
-                sync_to_disk(path.parent)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        with replacing(path, sum(column.nbytes for column in columns.values())) as temporary:
+            save_file({name: np.ascontiguousarray(c) for name, c in columns.items()}, temporary, {FORMAT: text})
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":

@@ -27,7 +27,7 @@ PLACEMENTS = ("contiguous", "round-robin", "affinity", "parallel")
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheOptions:
     """Which entries stay: policy by name, the unit that is stored, and how much of it fits.
 
     capacity:  bytes, 8GiB, or a share of all entries (1 = all).
@@ -50,7 +50,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Predictor:
+class PredictorOptions:
     """What is fetched ahead: predictor by name, keys a layer it may name, layers it looks ahead."""
 
     kind: str = "none"
@@ -59,7 +59,7 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class Batcher:
+class BatcherOptions:
     """What runs together. max_wait_s bounds waits (adaptive); batch, mix and rounds are options of single batchers."""
 
     kind: str = "decode-first"
@@ -100,9 +100,9 @@ class System:
     name: str = "custom"
     paper: str = ""
     device: str = "h100-pcie"
-    cache: Cache = field(default_factory=Cache)
-    predictor: Predictor = field(default_factory=Predictor)
-    batcher: Batcher = field(default_factory=Batcher)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    predictor: PredictorOptions = field(default_factory=PredictorOptions)
+    batcher: BatcherOptions = field(default_factory=BatcherOptions)
     limits: Limits = field(default_factory=Limits)
     parallel: Parallel = field(default_factory=Parallel)
 
