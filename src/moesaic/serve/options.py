@@ -1,0 +1,53 @@
+"""How an engine is set up; the same names as in the systems of `simulate/`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moesaic.errors import MoesaicError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Raises MoesaicError for values out of range.
+
+    memory:        bytes for everything the engine holds, as a number or "8GiB"; None = what the plan takes.
+    experts:       bytes for resident experts, or a share of them in (0, 1]; None = what the budget leaves.
+    max_tokens:    tokens in one step; longer prompts run in chunks of at most `chunk`.
+    max_requests:  running at a time. max_waiting: queued beyond those; more are refused.
+    context:       longest prompt plus output, None = what the model allows.
+    batcher, policy, predictor: by name, see `schedule.family`.
+    lookahead:     layers whose entries are fetched ahead; 0 = on demand alone.
+    max_wait_s:    the longest a ready portion is passed over (adaptive batcher).
+    prefix_reuse:  keep keys and values of ended requests while memory allows, and reuse equal beginnings.
+    page_cache:    "keep" lets the system keep read files in memory it does not need; "drop" forces reads from the disk.
+    """
+
+    memory: int | str | None = None
+    experts: int | float | str | None = None
+    dtype: Dtype = "auto"
+    max_tokens: int = 512
+    chunk: int = 256
+    max_requests: int = 32
+    max_waiting: int = 1024
+    context: int | None = None
+    batcher: str = "adaptive"
+    policy: str = "belady"
+    predictor: str = "exact-pre-gate"
+    lookahead: int = 1
+    max_wait_s: float = 1.0
+    prefix_reuse: bool = True
+    pack: bool = True
+    page_cache: Literal["keep", "drop"] = "keep"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "chunk", "max_requests"):
+            if getattr(self, name) < 1:
+                raise MoesaicError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.max_waiting < 0 or self.lookahead < 0:
+            raise MoesaicError(f"max_waiting {self.max_waiting}, lookahead {self.lookahead}: expected at least 0")
+        if self.context is not None and self.context < 2:
+            raise MoesaicError(f"a context of {self.context} tokens holds no prompt and answer: expected at least 2")
