@@ -53,7 +53,7 @@ export class Playground {
       });
       await this.#read(response);
       const took = seconds((performance.now() - start) / 1000);
-      this.#say(`Done: ${this.answer.size} tokens in ${took}; ${ENDINGS[this.reason] ?? this.reason}.`);
+      this.#say(`Done: ${this.usage?.completion_tokens ?? this.answer.size} tokens in ${took}; ${ENDINGS[this.reason] ?? this.reason}.`);
     } catch (error) {
       if (error.name === "AbortError") this.#say(`Stopped after ${this.answer.size} tokens.`);
       else this.#say(`Not answered: ${error.message}`, true);
@@ -80,6 +80,7 @@ export class Playground {
       max_tokens: Number(byId("max-tokens").value),
       temperature: Number(byId("temperature").value),
       stream: true,
+      stream_options: { include_usage: true },
       return_experts: true,
     };
     if (byId("seed").value) body.seed = Number(byId("seed").value);
@@ -91,11 +92,13 @@ export class Playground {
 
   async #read(response) {
     this.reason = "";
+    this.usage = null;
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
       this.#prompt(chunk.moesaic);
       const [choice] = chunk.choices ?? [];
       if (choice) this.#answer(choice, chunk.moesaic);
+      this.usage = chunk.usage ?? this.usage;
       if (choice?.finish_reason) this.reason = choice.finish_reason;
       this.#legend();
     }
