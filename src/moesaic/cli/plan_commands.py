@@ -1,0 +1,109 @@
+"""plan: what serving a model takes, and what fits into how much memory. Runs without torch."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moesaic.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moesaic.serve.memory_plan import MemoryPlan
+
+BAR = 16  # characters
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command of this file."""
+    app.command()(plan)
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="A folder that moesaic refactor wrote, or a mixture of experts.")],
+    memory: Annotated[
+        str | None, typer.Option("--memory", "-m", help="The budget, such as 8GiB. Default: 80 % of what is available.")
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="Bytes for experts, or a share of them: 4GiB, 0.5. Default: what the rest leaves."),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens. Default: what fits.")] = None,
+    max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Show how memory would be split when MODEL is served, and what to change where it does not fit.
+
+    Example: moesaic plan moesaic-demo --memory 600MiB --context 1024
+    """
+    from moesaic.serve.memory_plan import plan as make
+
+    result = make(
+        model,
+        memory=memory,
+        experts=experts,
+        context=context,
+        max_requests=max_requests,
+        max_tokens=max_tokens,
+        dtype=dtype,
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(result) | {"requests": result.requests, "spare": result.spare}, indent=2))
+        return
+    _show(result)
+
+
+def _show(result: "MemoryPlan") -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(_table(result))
+    for text in result.problems:
+        console.print(f"[yellow]note[/yellow] {text}", highlight=False)
+    for text in result.advice:
+        console.print(f"[green]try[/green]  {text}", highlight=False)
+
+
+def _table(result: "MemoryPlan") -> "Table":
+    """A row and a bar for each use of the budget."""
+    from rich.bar import Bar
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from moesaic.files import human_bytes
+
+    table = Table(title=f"{human_bytes(result.budget)} for {result.model} in {result.dtype}", box=SIMPLE)
+    for name in ("use", "size", "share"):
+        table.add_column(name, justify="left" if name == "use" else "right")
+    table.add_column("", width=BAR)
+    table.add_column("")
+    begin = 0
+    for name, count, color, text in _uses(result):
+        bar = Bar(result.budget, begin, begin + count, width=BAR, color=color)
+        table.add_row(name, human_bytes(count), f"{count / result.budget:.1%}", bar, text)
+        begin += count
+    return table
+
+
+def _uses(result: "MemoryPlan") -> list[tuple[str, int, str, str]]:
+    """Name, bytes, colour and remark of each use."""
+    from moesaic.files import human_bytes
+
+    share = f"{result.experts / result.all_experts:.0%} of {human_bytes(result.all_experts)}"
+    return [
+        ("weights", result.dense, "blue", "all but experts"),
+        ("buffers", result.buffers, "cyan", "process, activations, logits"),
+        ("experts", result.experts, "magenta", f"{share}, {human_bytes(result.least_experts)} at least"),
+        ("keys, values", result.kv, "yellow", _keys(result, human_bytes(result.kv_request))),
+        ("spare", result.spare, "white", ""),
+    ]
+
+
+def _keys(result: "MemoryPlan", request: str) -> str:
+    plural = "" if result.requests == 1 else "s"
+    return f"{result.requests} request{plural} of {result.context} tokens, {request} each"

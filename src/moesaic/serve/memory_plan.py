@@ -1,0 +1,452 @@
+"""What serving a model takes, before anything is loaded: the budget split into weights, buffers, experts and keys.
+
+Everything follows from config.json and the headers of the checkpoint; torch is not needed. The rule, in order:
+
+1. Weights that always stay, the buffers of a step, one request of the least context, and the largest expert of a layer
+   (a step runs expert by expert where no more fits). Less than that is an error. The least context is the given one;
+   if none is given, LEAST_CONTEXT, or the model's own where that is shorter.
+2. Experts take the rest until all are in memory.
+3. What then is left goes to keys and values: if no context was given a longer one, doubled up to the model's own, then
+   more requests. The engine lends keys what experts hold, and takes it back: this is where it starts.
+
+Bytes throughout, memory in whole pages as the engine takes it. N tokens of a step, T context, V vocabulary.
+"""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import MoesaicError
+from moesaic.files import human_bytes
+from moesaic.schedule.work import Layout
+from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Parts, expert_entries, read_json
+from moesaic.simulate.system import size
+
+PAGE = mmap.PAGESIZE
+BASE = 400 * 2**20  # the process before any model; measured: 386 MiB with torch 2.13 and transformers 5.23 imported
+SHARE = 0.8  # of the available memory, where no budget is given
+LEAST_CONTEXT = 2048  # tokens
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+FLOATS = ("F64", "F32", "F16", "BF16")
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes for each use; dense + buffers + experts + kv <= budget.
+
+    dense:         weights that always stay. buffers: the process, activations, logits and packing.
+    experts:       what the engine keeps in memory at first; least_experts: the largest one of a layer.
+    kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
+    least_budget:  less cannot work with this context, these experts and this dtype.
+    problems:      what does not fit though it works; advice: what to change.
+    """
+
+    model: str
+    dtype: str
+    budget: int
+    dense: int
+    buffers: int
+    experts: int
+    kv: int
+    all_experts: int
+    least_experts: int
+    kv_token: int
+    kv_request: int
+    kv_full: int
+    context: int
+    model_context: int | None
+    max_requests: int
+    least_budget: int
+    problems: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def requests(self) -> int:
+        """How many requests of full context run beside these experts; more where they are shorter."""
+        return min(self.max_requests, self.kv // self.kv_request)
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that nothing needs."""
+        return self.budget - self.dense - self.buffers - self.experts - self.kv
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes whatever the budget.
+
+    row_bytes: one token's keys in each layer, the pre-gate's after the backbone's; values take the same.
+    fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
+    """
+
+    dense: int
+    fixed: int
+    context_token: int
+    row_bytes: tuple[int, ...]
+    all_experts: int
+    least_experts: int
+    model_context: int | None
+
+    def kv(self, context: int) -> int:
+        """Keys and values of one request: a slot's pages in every layer."""
+        return sum(2 * pages(row * context) for row in self.row_bytes)
+
+    def buffers(self, context: int) -> int:
+        """Everything that is neither weights nor keys."""
+        return self.fixed + self.context_token * context
+
+    def beside_experts(self, context: int) -> int:
+        """The least that has to be there beside experts: one request of full context can run."""
+        return self.dense + self.buffers(context) + self.kv(context)
+
+
+def plan(
+    folder: str | Path,
+    *,
+    memory: int | str | None = None,
+    experts: int | float | str | None = None,
+    context: int | None = None,
+    max_requests: int = 32,
+    max_tokens: int = 512,
+    dtype: str = "auto",
+) -> MemoryPlan:
+    """Choose sizes for serving the model in `folder`, by the rule above. The arguments are those of EngineOptions.
+
+    memory None: SHARE of what is available, but not more than is useful.
+
+    Raises MoesaicError if the model cannot be served or the budget is below the minimum, which the message names.
+    """
+    if max_requests < 1 or max_tokens < 1:
+        raise MoesaicError(f"max_requests {max_requests}, max_tokens {max_tokens}: expected at least 1")
+    files = ModelFiles(folder)
+    config = read_json(files.folder / CONFIG)
+    dtype = served_dtype(config, dtype)
+    needs = needs_of(config, files, dtype, max_requests, max_tokens)
+    first = _least_context(needs, context)
+    longest = context or max(needs.model_context or 0, first)
+    fixed = _fixed_experts(needs, experts)
+    wanted = needs.all_experts if fixed is None else fixed
+    least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
+    budget = _budget(memory, needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest))
+    savings = _savings(files, config, dtype, needs, first)
+    if budget < least:
+        if fixed is not None and fixed > needs.least_experts:
+            savings = [(f"--experts {needs.least_experts}", fixed - needs.least_experts), *savings]
+        raise MoesaicError(_too_small(budget, least, memory is None, savings))
+    given = min(wanted, budget - needs.beside_experts(first))
+    chosen = _longest_context(needs, budget - given, first, longest)
+    full = max_requests * needs.kv(chosen)
+    result = MemoryPlan(
+        model=str(files.folder),
+        dtype=dtype,
+        budget=budget,
+        dense=needs.dense,
+        buffers=needs.buffers(chosen),
+        experts=given,
+        kv=min(full, budget - needs.dense - needs.buffers(chosen) - given),
+        all_experts=needs.all_experts,
+        least_experts=needs.least_experts,
+        kv_token=2 * sum(needs.row_bytes),
+        kv_request=needs.kv(chosen),
+        kv_full=full,
+        context=chosen,
+        model_context=needs.model_context,
+        max_requests=max_requests,
+        least_budget=least,
+    )
+    return _with_comments(result, needs, savings, given_context=context is not None, given_experts=fixed is not None)
+
+
+def _longest_context(needs: Needs, room: int, first: int, longest: int) -> int:
+    """The longest of `first`, its doubles and `longest` for which one request fits into `room` beside experts."""
+    while first < longest and needs.beside_experts(min(2 * first, longest)) <= room:
+        first = min(2 * first, longest)
+    return first
+
+
+def _fixed_experts(needs: Needs, experts: int | float | str | None) -> int | None:
+    """What experts shall have, None if that is left to the plan."""
+    if experts is None:
+        return None
+    fixed = min(_size("experts", experts, needs.all_experts), needs.all_experts)
+    if fixed < needs.least_experts:
+        raise MoesaicError(
+            f"experts: {human_bytes(fixed)} is less than the largest expert of a layer takes: expected at least "
+            f"{needs.least_experts} bytes ({human_bytes(needs.least_experts)})"
+        )
+    return fixed
+
+
+def pages(count: int) -> int:
+    """`count` bytes in whole pages."""
+    return -(-count // PAGE) * PAGE
+
+
+def _size(name: str, value: int | float | str, whole: int | None = None) -> int:
+    try:
+        return size(value, whole)
+    except MoesaicError as error:
+        raise MoesaicError(f"{name}: {error}") from None
+    except OverflowError:
+        raise MoesaicError(f"{name}: size {value!r} is infinite: expected bytes such as 8GiB") from None
+
+
+def _budget(memory: int | str | None, useful: int) -> int:
+    return min(int(SHARE * available_bytes()), useful) if memory is None else _size("memory", memory)
+
+
+def _least_context(needs: Needs, context: int | None) -> int:
+    most = needs.model_context
+    if context is None:
+        return min(LEAST_CONTEXT, most or LEAST_CONTEXT)
+    if context < 2 or (most is not None and context > most):
+        least = "at least 2" if most is None else f"2 to {most}, the positions that the model has"
+        raise MoesaicError(f"a context of {context} tokens: expected {least}")
+    return context
+
+
+# -- what the model needs ---------------------------------------------------------------------------------------------
+def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_requests: int, max_tokens: int) -> Needs:
+    """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`."""
+    item = ITEM_BYTES[dtype]
+    layout, parts = expert_entries(config, files, item)
+    base = text_config(config)
+    least = max(sum(layout.bytes[key] for key in keys) for keys in layout.entries.values())
+    dense, largest = _dense(base, files, parts, item)
+    shape = AttentionShape.of(base, item)
+    hidden, vocab = _number(base, "hidden_size", "n_embd", "d_model"), _number(base, "vocab_size")
+    # An expert has at least two matrices, so it is at most this wide.
+    width = least // (2 * hidden * item)
+    # Of one token: six hidden states (residual, normed, sorted by expert and back), queries and keys before and after
+    # their rotation, values, output, and three states of an expert.
+    token = (6 * hidden + 4 * shape.query + 4 * shape.keys + 3 * width) * item
+    # Of one row: logits as computed, and in float32 with their probabilities and an order of them with its places.
+    row = vocab * (item + 4 + 4 + 4 + 8)
+    pregate = config.get("pregate") or {}
+    gate_rows: list[int] = []
+    gate_token = 0
+    if pregate:
+        gate_width = _number(pregate, "width")
+        gate_rows = [4 * gate_width] * _number(pregate, "layers")
+        gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
+    # A chunk's mask over the context, and keys and values repeated for the heads that share them.
+    mask = max_tokens * (1 + item) + (2 * shape.query * item if shape.query != shape.keys else 0)
+    return Needs(
+        dense=dense,
+        fixed=BASE + max(largest, max_tokens * token + max_requests * row) + _paging(layout, parts, files, item, least),
+        context_token=mask + gate_token,
+        row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
+        all_experts=layout.total_bytes,
+        least_experts=least,
+        model_context=_model_context(base),
+    )
+
+
+def served_dtype(config: Mapping[str, Any], wanted: str) -> str:
+    """The dtype to compute in: as stored, but float16 as bfloat16, for which CPUs have fast paths."""
+    if wanted == "auto":
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        wanted = "bfloat16" if stored == "float16" else stored
+    if wanted not in ITEM_BYTES:
+        raise MoesaicError(f"dtype {wanted!r} is not served: expected auto, {' or '.join(ITEM_BYTES)}")
+    return wanted
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder's own config inside that of a wrapper or of a model with several parts."""
+    for name in ("base_config", "text_config"):
+        inner = config.get(name)
+        config = inner if isinstance(inner, dict) else config
+    return config
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    value = _optional(config, *names)
+    if value is None:
+        raise MoesaicError(f"{CONFIG} has no {' or '.join(names)} of at least 1: it is no decoder that can be planned")
+    return value
+
+
+def _optional(config: Mapping[str, Any], *names: str) -> int | None:
+    values = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value >= 1), None)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Numbers of one token in one layer: `keys` of them in its keys, and as many in its values."""
+
+    layers: int
+    query: int
+    keys: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], item: int) -> "AttentionShape":
+        """Of a decoder's config. Raises MoesaicError for layers whose state is not keys and values of all tokens."""
+        kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+        if config.get("kv_lora_rank") or kinds:
+            raise MoesaicError(
+                f"{CONFIG} describes {', '.join(sorted(kinds)) or 'latent attention'}: serving takes decoders whose "
+                "layers all attend to keys and values"
+            )
+        layers = _number(config, "num_hidden_layers", "n_layer", "n_layers")
+        heads = _number(config, "num_attention_heads", "n_head", "n_heads")
+        width = _optional(config, "head_dim") or _number(config, "hidden_size", "n_embd", "d_model") // heads
+        shared = 1 if config.get("multi_query") else heads
+        return cls(layers, heads * width, width * (_optional(config, "num_key_value_heads", "num_kv_heads") or shared))
+
+
+def _model_context(config: Mapping[str, Any]) -> int | None:
+    return _optional(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def _dense(config: Mapping[str, Any], files: ModelFiles, parts: Parts, item: int) -> tuple[int, int]:
+    """Bytes of all weights but experts, and of the largest one."""
+    experts = {part.tensor for ranges in parts.values() for part in ranges}
+    sizes = []
+    for name, place in files.tensors.items():
+        if name not in experts:
+            bits = BITS[place.dtype]
+            if name.startswith("pregate."):
+                bits = 32  # whatever the rest is
+            elif place.dtype in FLOATS:
+                bits = 8 * item
+            sizes.append(place.elements * bits // 8)
+    if not any(name.endswith(HEADS) for name in files.tensors):
+        # The output head shares the embedding's weights, but is packed into an order of its own.
+        sizes.append(_number(config, "vocab_size") * _number(config, "hidden_size", "n_embd", "d_model") * item)
+    return sum(sizes), max(sizes)
+
+
+def _paging(layout: Layout, parts: Parts, files: ModelFiles, item: int, least: int) -> int:
+    """What pages that hold an entry's first and last row take beyond the entry, at most."""
+    extra = 0
+    for ranges in parts.values():
+        for part in ranges:
+            place = files.tensors[part.tensor]
+            first, last = ((at - place.start) * 8 // BITS[place.dtype] * item for at in (part.start, part.stop))
+            extra += pages(last) - first // PAGE * PAGE - (last - first)
+    tensors = {part.tensor for ranges in parts.values() for part in ranges}
+    whole = sum(pages(files.tensors[name].elements * item) for name in tensors)
+    return min(extra, whole - least)  # pages that entries share count once
+
+
+# -- what to say ------------------------------------------------------------------------------------------------------
+def _savings(
+    files: ModelFiles, config: Mapping[str, Any], dtype: str, needs: Needs, context: int
+) -> list[tuple[str, int]]:
+    """Options that lower the minimum, and the bytes each saves; the first saves most."""
+    found = []
+    if context > 512:
+        shorter = max(context // 4, 512)
+        found.append((f"--context {shorter}", needs.beside_experts(context) - needs.beside_experts(shorter)))
+    if dtype == "float32":
+        half = needs_of(config, files, "bfloat16", 1, 1)
+        same = needs_of(config, files, dtype, 1, 1)
+        saved = same.beside_experts(context) + same.all_experts - half.beside_experts(context) - half.all_experts
+        found.append(("--dtype bfloat16", saved))
+    return sorted(found, key=lambda option: -option[1])
+
+
+def _saves(savings: Sequence[tuple[str, int]]) -> list[str]:
+    return [f"{option} saves {human_bytes(saved)}" for option, saved in savings]
+
+
+def _too_small(budget: int, least: int, chosen: bool, savings: Sequence[tuple[str, int]]) -> str:
+    what = f"{SHARE:.0%} of the available memory" if chosen else "the budget"
+    return "; ".join(
+        (
+            f"{what}, {human_bytes(budget)}, is below the minimum of this model, {least} bytes ({human_bytes(least)}): "
+            f"give it --memory {_mebibytes(least)}",
+            *_saves(savings),
+        )
+    )
+
+
+def _with_comments(
+    result: MemoryPlan, needs: Needs, savings: Sequence[tuple[str, int]], given_context: bool, given_experts: bool
+) -> MemoryPlan:
+    problems, advice = [], []
+    if result.experts < result.all_experts:
+        everything = needs.beside_experts(result.context) + result.all_experts
+        problems.append(
+            f"{human_bytes(result.experts)} of {human_bytes(result.all_experts)} of experts stay in memory: the others "
+            "are read from the disk when they are needed"
+        )
+        if given_experts:
+            advice.append(f"without --experts, --memory {_mebibytes(everything)} keeps all of them in memory")
+        else:
+            advice += [f"--memory {_mebibytes(everything)} keeps all of them in memory", *_saves(savings)]
+    if not given_context and result.model_context is not None and result.context < result.model_context:
+        problems.append(f"requests end at {result.context} of the {result.model_context} tokens that the model knows")
+    if result.requests < result.max_requests:
+        give_way = "" if given_experts else ", and experts give way to them"
+        problems.append(
+            f"{result.requests} of {result.max_requests} requests of {result.context} tokens run at once beside these "
+            f"experts; of shorter ones more do{give_way}"
+        )
+        everything = result.budget - result.kv + result.kv_full
+        advice.append(
+            f"--memory {_mebibytes(everything)} runs {result.max_requests} requests of {result.context} tokens beside "
+            "these experts"
+        )
+    return replace(result, problems=problems, advice=advice)
+
+
+def _mebibytes(count: int) -> str:
+    """At least `count` bytes, as an option takes them."""
+    return f"{-(-count // 2**20)}MiB"
+
+
+# -- what the machine has ---------------------------------------------------------------------------------------------
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that could be taken now: the system's, or what the process's group may still take, whichever is less.
+
+    Raises MoesaicError where nobody says; then a budget has to be given.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        raise MoesaicError(
+            "this system does not say how much memory is available: give a budget, such as 8GiB"
+        ) from None
+    return max(0, min([free, *_group_limits(root)]))
+
+
+def _group_limits(root: Path) -> list[int]:
+    """What each control group that the process is in, and those around it, leave; groups without limit say nothing."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        controllers, path = line.split(":", 2)[1:] if line.count(":") >= 2 else ("none", "")
+        if controllers == "":
+            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        inner = mount / path.lstrip("/")
+        # In a container the path may be the host's: then only the mount's top is there.
+        for folder in (inner, *(parent for parent in inner.parents if mount == parent or mount in parent.parents)):
+            try:
+                left.append(int((folder / limit).read_text()) - int((folder / usage).read_text()) + _cached(folder))
+            except (OSError, ValueError):  # no such folder, or "max"
+                continue
+    return left
+
+
+def _cached(folder: Path) -> int:
+    """Bytes of files that the group keeps in memory and would give back."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+        found = {name: int(count) for name, count in (line.split() for line in lines)}
+    except (OSError, ValueError):
+        return 0
+    return found.get("total_inactive_file", found.get("inactive_file", 0))
