@@ -216,7 +216,7 @@ def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_reque
     base = text_config(config)
     least = max(sum(layout.bytes[key] for key in keys) for keys in layout.entries.values())
     dense, largest = _dense(base, files, parts, item)
-    shape = AttentionShape.of(base, item)
+    shape = AttentionShape.of(base)
     hidden, vocab = _number(base, "hidden_size", "n_embd", "d_model"), _number(base, "vocab_size")
     # An expert has at least two matrices, so it is at most this wide.
     width = least // (2 * hidden * item)
@@ -284,7 +284,7 @@ class AttentionShape:
     keys: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], item: int) -> "AttentionShape":
+    def of(cls, config: Mapping[str, Any]) -> "AttentionShape":
         """Of a decoder's config. Raises MoesaicError for layers whose state is not keys and values of all tokens."""
         kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
         if config.get("kv_lora_rank") or kinds:
