@@ -8,7 +8,9 @@ pass over the full text; attention logits are scaled by 1/sqrt(head width).
 Shapes: B batch, S new tokens, T cached + new tokens, E experts, R router width, H heads.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +28,10 @@ class KeyValueCache(Protocol):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]: ...
 
     def get_seq_length(self, layer_idx: int = 0) -> Any: ...
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer of the pre-gate, query, key, value), each (B, H, S, R/H), to attended values like query."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +75,13 @@ class PreGateLayer(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width)
         self.down = nn.Linear(config.mlp_width, config.width)
 
-    def forward(
-        self, h_BSR: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None, slot: int
-    ) -> Tensor:
+    def forward(self, h_BSR: Tensor, rotary: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        """`attend(query, key, value)`, each (B, H, S, R/H), remembers keys and values and answers like query."""
         batch, length, width = h_BSR.shape
         qkv = self.qkv(self.attention_norm(h_BSR)).view(batch, length, 3, self.heads, self.head_width)
         qk, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
-        query, key = _rotate(qk, *rotary).transpose(1, 3).unbind(2)  # (B, H, S, R/H) each
-        if cache is not None:
-            key, value = cache.update(key, value, slot)
-        causal = mask is None and length > 1
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        query, key = _rotate(qk, *rotary).transpose(1, 3).unbind(2)
+        attended = attend(query, key, value)
         h_BSR = h_BSR + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return h_BSR + self.down(F.silu(self.up(self.mlp_norm(h_BSR))))
 
@@ -132,11 +134,22 @@ class PreGate(nn.Module):
             pos_BS = positions(ids_BS, mask_BT, past)
         keys = max(past + length, _static_length(cache, first_slot))
         mask = _attention_mask(mask_BT, past, length, keys, ids_BS.device)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if cache is not None:
+                key, value = cache.update(key, value, first_slot + layer)
+            causal = mask is None and query.shape[2] > 1
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+        return self.run(ids_BS, pos_BS, attend)
+
+    def run(self, ids_BS: Tensor, pos_BS: Tensor, attend: Attend) -> Tensor:
+        """As forward, with an attention of the caller's, who knows which tokens are one sequence."""
         with torch.autocast(ids_BS.device.type, enabled=False):  # fp32 router under autocast
             h_BSR = self.embedding(ids_BS).to(self.head.weight.dtype)
             rotary = self._rotary(pos_BS)
-            for offset, layer in enumerate(self.layers):
-                h_BSR = layer(h_BSR, rotary, mask, cache, first_slot + offset)
+            for number, layer in enumerate(self.layers):
+                h_BSR = layer(h_BSR, rotary, partial(attend, number))
             return self.head(self.norm(h_BSR)).float()
 
     def plan(self, *args: Any, **kwargs: Any) -> RoutePlan:

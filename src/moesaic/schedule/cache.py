@@ -6,7 +6,7 @@ one step; it is a hit if the entry's bytes are there when the layer asks. `now` 
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -107,15 +107,24 @@ class Cache:
     Invariants: the bytes of entries present or on their way never exceed the capacity; an entry in use never leaves;
     what a layer waits for moves before what is fetched ahead. Entries are read-only, so leaving costs nothing.
 
+    left: told of every entry that leaves, so that a backend can give its memory back.
+
     Raises MoesaicError if the capacity is below 1.
     """
 
-    def __init__(self, capacity: int, sizes: Mapping[Key, int], policy: Eviction) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        sizes: Mapping[Key, int],
+        policy: Eviction,
+        left: Callable[[Key], None] = lambda key: None,
+    ) -> None:
         if capacity < 1:
             raise MoesaicError(f"the cache has {capacity} bytes: expected at least 1")
         self.capacity = capacity
         self.sizes = sizes
         self.policy = policy
+        self.left = left
         self.tally = Tally()
         self.taken = 0  # bytes of all entries
         self._loose = 0  # bytes of those that may leave
@@ -227,6 +236,22 @@ class Cache:
         entry.ready = True
         return True
 
+    def failed(self, key: Key) -> None:
+        """The entry's bytes could not be had: it leaves, so that it is asked for anew. Nothing may use it."""
+        entry = self._entries[key]
+        if entry.uses:
+            raise MoesaicError(f"{key} is in use: release it before it is given up")
+        if entry.loose:
+            self.policy.busy(key)
+        else:
+            self._loose += self.sizes[key]
+        self._evict(key)
+
+    def resize(self, capacity: int) -> bool:
+        """Another capacity, from now on; entries leave until they fit. False if what is in use does not fit."""
+        self.capacity = capacity
+        return self._room(0) is not None
+
     def preload(self, keys: Iterable[Key]) -> None:
         """Fill the cache with the first of `keys` that fit, and count nothing."""
         for key in keys:
@@ -336,6 +361,7 @@ class Cache:
         self.tally.evictions += 1
         if entry.started and not entry.wanted:
             self.tally.wasted_bytes += size
+        self.left(key)
 
 
 def share_slots(demand: Mapping[int, float], total: int) -> dict[int, int]:

@@ -33,6 +33,7 @@ class Residency:
     horizon:    how many stages ahead queued work counts; None = all of it. A predicted set of everything that waits
                 would protect everything.
     preload:    entries that fill the cache before anything runs, the first that fit.
+    left:       told of every entry that leaves.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class Residency:
         persist: bool = False,
         horizon: int | None = None,
         preload: Sequence[Key] = (),
+        left: Callable[[Key], None] = lambda key: None,
     ) -> None:
         if lookahead < 0:
             raise MoesaicError(f"a look-ahead of {lookahead} layers: expected at least 0")
         self.layout, self.predictor = layout, predictor
         self.lookahead, self.persist, self.horizon = lookahead, persist, horizon
         share = capacity // len(layout.layers) if per_layer else capacity
-        pools = [Cache(share, layout.bytes, policy()) for _ in (layout.layers if per_layer else "1")]
+        pools = [Cache(share, layout.bytes, policy(), left) for _ in (layout.layers if per_layer else "1")]
         self.caches = {layer: pools[i if per_layer else 0] for i, layer in enumerate(layout.layers)}
         self.pools = pools
         self._listens = pools[0].policy.listens

@@ -1,0 +1,101 @@
+"""A model folder and options put together: every part of a running engine, none of them started."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.errors import MoesaicError
+from moesaic.models.loading import stored_dtype
+from moesaic.schedule.family import BATCHERS, EVICTIONS, PREDICTORS, make
+from moesaic.schedule.residency import Residency
+from moesaic.schedule.work import Key, Layout
+from moesaic.serve.counters import Counters
+from moesaic.serve.experts import BlockExperts
+from moesaic.serve.gate import Gate
+from moesaic.serve.intake import Intake
+from moesaic.serve.kv import KVPool
+from moesaic.serve.loading import Loaded, fill_blocks, load, served_dtype
+from moesaic.serve.memory import MemorySplit
+from moesaic.serve.memory_plan import MemoryPlan, plan
+from moesaic.serve.model_files import expert_entries
+from moesaic.serve.options import EngineOptions
+from moesaic.serve.prices import LivePrices
+from moesaic.serve.runner import Machine, Runner
+from moesaic.serve.step import Backbone
+from moesaic.serve.store import ExpertMemory, ExpertStore
+
+
+def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[Runner, Intake]:
+    """What runs requests and what takes them in.
+
+    Raises MoesaicError if the model cannot be served, or not within the memory that is given.
+    """
+    if not (folder / "config.json").is_file():
+        raise MoesaicError(f"{folder} is no model folder: it has no config.json; give what moesaic refactor wrote")
+    planned = plan(
+        folder,
+        memory=options.memory,
+        experts=options.experts,
+        context=options.context,
+        max_requests=options.max_requests,
+        max_tokens=options.max_tokens,
+        dtype=options.dtype,
+    )
+    loaded = load(folder, served_dtype(stored_dtype(folder), options.dtype), options.pack)
+    pool = KVPool(loaded.kv, options.max_requests, planned.context)
+    store, memory = _store(loaded, options, planned)
+    model = loaded.model
+    experts = [BlockExperts(blocks) for blocks in model.blocks]
+    gate = Gate(model.pregate, len(model.config.expert_names), len(model.blocks))
+    prices = LivePrices(store.residency, store)
+    batcher = make(BATCHERS, "batcher", options.batcher, prices=prices, max_wait_s=options.max_wait_s)
+    machine = Machine(Backbone(model, experts, store, pool), gate, store, memory)
+    runner = Runner(machine, batcher, prices, options, counters)
+    runner.eos = end_tokens(model, loaded.tokenizer)
+    vocab = int(model.config.base_config.get_text_config(decoder=True).vocab_size)
+    names = list(model.config.expert_names)
+    return runner, Intake(loaded.tokenizer, vocab, runner.eos, names, gate, pool, memory)
+
+
+def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple[ExpertStore, MemorySplit]:
+    layout, parts = expert_entries(loaded.model.config.to_dict(), loaded.files, loaded.dtype.itemsize)
+    memory = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
+    for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
+        fill_blocks(blocks, name, memory.tensor, loaded.files.tensors)
+    split = MemorySplit(
+        budget=planned.budget,
+        dense=planned.dense,
+        buffers=planned.buffers,
+        least=planned.least_experts,
+        all_experts=layout.total_bytes,
+        fixed=planned.experts if options.experts is not None else None,
+    )
+    return ExpertStore(memory, partial(_residency, layout, options, split.for_experts(0))), split
+
+
+def _residency(layout: Layout, options: EngineOptions, capacity: int, left: Callable[[Key], None]) -> Residency:
+    policy = partial(make, EVICTIONS, "cache policy", options.policy, seed=options.seed, layers=len(layout.layers))
+    predictor = make(PREDICTORS, "predictor", options.predictor)
+    return Residency(
+        layout,
+        capacity,
+        policy,
+        predictor,
+        lookahead=options.lookahead,
+        persist=True,
+        preload=sorted(layout.bytes),
+        left=left,
+    )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: what generate() stops at."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    if named is None:
+        named = tokenizer.eos_token_id
+    if isinstance(named, torch.Tensor):
+        named = named.tolist()
+    return frozenset([named] if isinstance(named, int) else named or ())

@@ -1,0 +1,125 @@
+"""Attention of a step whose tokens belong to many requests: one row of tokens, each request attending to its own slot.
+
+Registered with transformers as an attention implementation, so any decoder that asks its attention interface runs
+under it unchanged. A request's result does not depend on who else is in the step: its queries meet its own keys in a
+call of their own, with the query heads of a group folded into the query length where there is one query (measured: ten
+times faster on CPUs than letting the kernel repeat the keys).
+Shapes: N tokens of the step, H query heads, G key-value heads, D head width, L keys of a request.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from moesaic.errors import MoesaicError
+from moesaic.models.routes import Current
+from moesaic.serve.kv import KVPool
+
+NAME = "moesaic_ragged"
+
+
+class Segment(NamedTuple):
+    """A request's tokens in the step: rows start to start + tokens - 1, after `past` tokens that are in `slot`."""
+
+    slot: int
+    start: int
+    tokens: int
+    past: int
+
+
+class RaggedAttention:
+    """The attention of one step: where its tokens go, and whom each may see."""
+
+    def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
+        self.pool, self.segments = pool, segments
+        self.pos_N = torch.cat([torch.arange(s.past, s.past + s.tokens) for s in segments])
+        slots = torch.tensor([s.slot for s in segments]) * pool.stride
+        self.at_N = self.pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
+
+    def attend(
+        self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """Store the step's keys and values in `layer`, then attend; (N, H, D). window: keys a token sees, itself in."""
+        self.pool.write(layer, self.at_N, key_NGD, value_NGD)
+        out_NHD = torch.empty_like(query_NHD)
+        groups = key_NGD.shape[1]
+        for segment in self.segments:
+            keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
+            rows = slice(segment.start, segment.start + segment.tokens)
+            if segment.tokens == 1:
+                out_NHD[rows] = _one(query_NHD[segment.start], keys, values, groups, scale, window)
+            else:
+                out_NHD[rows] = _many(query_NHD[rows], keys, values, segment.past, scale, window)
+        return out_NHD
+
+
+def _one(query_HD: Tensor, keys: Tensor, values: Tensor, groups: int, scale: float, window: int | None) -> Tensor:
+    if window is not None:
+        keys, values = keys[:, -window:], values[:, -window:]
+    heads, width = query_HD.shape
+    folded = query_HD.view(1, groups, heads // groups, width)
+    return F.scaled_dot_product_attention(folded, keys[None], values[None], scale=scale).view(1, heads, width)
+
+
+def _many(query_SHD: Tensor, keys: Tensor, values: Tensor, past: int, scale: float, window: int | None) -> Tensor:
+    tokens, length = len(query_SHD), keys.shape[1]
+    mask: Any = None
+    if window is not None and length > window:
+        query, key = torch.arange(past, length)[:, None], torch.arange(length)
+        mask = (key <= query) & (key > query - window)
+    elif past:
+        mask = causal_lower_right(tokens, length)
+    out = F.scaled_dot_product_attention(
+        query_SHD.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query_SHD.shape[1] != keys.shape[0],
+    )
+    return out[0].transpose(0, 1)
+
+
+current: Current[RaggedAttention] = Current()
+"""The step that runs; transformers' interface has no argument for it."""
+
+KNOWN = frozenset({"sliding_window", "position_ids", "use_cache", "is_causal", "cache_position", "past_key_values"})
+
+
+def forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' attention functions: (1, H, N, D) and (1, G, N, D) -> (1, N, H, D).
+
+    Raises MoesaicError for what this attention does not know (soft caps, sinks, biases): the answer would be wrong.
+    """
+    step = current.value
+    if step is None:
+        raise MoesaicError(f"{NAME} attention runs inside the serving engine only")
+    if unknown := [name for name, given in kwargs.items() if given is not None and name not in KNOWN]:
+        raise MoesaicError(f"{type(module).__name__} asks for {', '.join(unknown)}, which serving does not support yet")
+    layer: Any = module.layer_idx
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query_NHD, key_NGD, value_NGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return step.attend(layer, query_NHD.contiguous(), key_NGD, value_NGD, scale, sliding_window)[None], None
+
+
+def register() -> None:
+    """Make the implementation known to transformers; no mask is ever built, each request attends to its own keys."""
+    no_mask: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, no_mask)

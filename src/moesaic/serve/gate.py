@@ -1,0 +1,78 @@
+"""Routes before the backbone runs: the pre-gate over whole prompts on arrival, over chunks and sampled tokens later.
+
+On arrival a prompt is only routed; its keys in the pre-gate are written when its chunks run, into the same slots as
+the backbone's, in the layers after them.
+Shapes: N tokens, E experts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesaic.routing.pregate import PreGate
+from moesaic.serve.attention import RaggedAttention
+from moesaic.serve.request import ExpertControl, RequestError
+
+Experts = NDArray[np.int16]
+
+
+class Gate:
+    """The pre-gate of a served model, None where there is a single expert. `first`: its first layer in the pool."""
+
+    def __init__(self, pregate: PreGate | None, experts: int, first: int) -> None:
+        self.pregate, self.experts, self.first = pregate, experts, first
+
+    def bias(self, control: ExpertControl) -> Tensor | None:
+        """What to add to the logits (E,) so that only allowed experts win; None = nothing.
+
+        Raises RequestError for experts that do not exist, or where none is left.
+        """
+        if not control:
+            return None
+        named = {*control.allow, *control.deny, *((control.pin,) if control.pin is not None else ())}
+        if unknown := sorted(named - set(range(self.experts))):
+            raise RequestError(f"there is no expert {unknown[0]}: expected 0 to {self.experts - 1}", "experts")
+        allowed = {control.pin} if control.pin is not None else set(control.allow or range(self.experts))
+        if not (allowed := allowed - set(control.deny)):
+            raise RequestError("experts.deny forbids every expert", "experts")
+        bias = torch.full((self.experts,), -torch.inf)
+        bias[sorted(allowed)] = 0.0
+        return bias
+
+    @torch.inference_mode()
+    def prompt(self, ids: Sequence[int], bias: Tensor | None = None) -> Experts:
+        """The expert of every token of a prompt, (N,)."""
+        if self.pregate is None:
+            return np.zeros(len(ids), np.int16)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=len(ids) > 1)
+
+        logits = self.pregate.run(torch.tensor([ids]), torch.arange(len(ids))[None], attend)[0]
+        return choose(logits if bias is None else logits + bias)
+
+    @torch.inference_mode()
+    def extend(self, ids: Sequence[int], step: RaggedAttention, bias: Sequence[Tensor | None] = ()) -> Experts:
+        """The experts of a step's tokens, (N,), whose keys go to their slots; one bias per token, or none at all."""
+        if self.pregate is None:
+            return np.zeros(len(ids), np.int16)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+            scale = query.shape[-1] ** -0.5
+            return step.attend(self.first + layer, rows[0].contiguous(), rows[1], rows[2], scale).transpose(0, 1)[None]
+
+        logits = self.pregate.run(torch.tensor([ids]), step.pos_N[None], attend)[0]
+        for row, extra in enumerate(bias):
+            if extra is not None:
+                logits[row] += extra
+        return choose(logits)
+
+
+def choose(logits_NE: Tensor) -> Experts:
+    """The first of the largest logits, as the pre-gate's own policy does; (N,)."""
+    return logits_NE.argmax(-1).numpy().astype(np.int16)

@@ -1,0 +1,76 @@
+"""A request on its way through the engine: what it asked for, how far it is, and its next portion as a work item."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moesaic.schedule.work import Call, Known, Layout, WorkItem
+from moesaic.serve.gate import Experts
+from moesaic.serve.request import Deliver, Generation
+
+
+@dataclass
+class Sequence:
+    """One request. ids: prompt, then sampled tokens; experts: of the same, as far as they are routed.
+
+    done: tokens whose keys are written; slot: where, None before admission. Times in seconds of the engine's clock.
+    """
+
+    id: int
+    prompt: list[int]
+    generation: Generation
+    deliver: Deliver
+    arrival_s: float
+    sampler: Any = None
+    text: Any = None
+    bias: Any = None
+    ids: list[int] = field(default_factory=list)
+    experts: Experts = field(default_factory=lambda: np.zeros(0, np.int16))
+    slot: int | None = None
+    done: int = 0
+    cached: int = 0
+    step: int = 0
+    since_s: float = 0.0
+    first_s: float | None = None
+    last_s: float = 0.0
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
+
+    @property
+    def most_tokens(self) -> int:
+        """Keys it may ever write: the last token is sampled but never run."""
+        return len(self.prompt) + self.generation.max_tokens - 1
+
+    @property
+    def output(self) -> list[int]:
+        """The sampled tokens."""
+        return self.ids[len(self.prompt) :]
+
+    @property
+    def left(self) -> int:
+        """Prompt tokens that have not run."""
+        return max(len(self.prompt) - self.done, 0)
+
+    def item(self, layout: Layout, tokens: int) -> WorkItem:
+        """The next portion: at most `tokens` of what is left of the prompt, else the sampled token."""
+        experts = self.experts[self.done : self.done + (min(tokens, self.left) or 1)]
+        calls = calls_of(layout, experts)
+        if self.left:
+            return WorkItem(self.id, self.step, "prefill", len(experts), calls, Known.REQUEST)
+        return WorkItem(self.id, self.step, "decode", 1, calls, Known.STEP)
+
+
+def calls_of(layout: Layout, experts: Experts) -> tuple[Call, ...]:
+    """The calls of tokens whose experts hold in every layer."""
+    counts = Counter(experts.tolist())
+    return layout.calls([dict(sorted(counts.items()))])
+
+
+def majority(item: WorkItem) -> int:
+    """The expert with most tokens, the lower number at a tie."""
+    first = item.calls[0].layer
+    return min(item.at(first), key=lambda call: (-call.tokens, call.expert)).expert

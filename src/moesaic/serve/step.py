@@ -1,0 +1,96 @@
+"""One step of the backbone: the tokens of many requests in one row, their experts' calls carried out layer by layer.
+
+Tokens are sorted by expert once: a plan holds in every layer. Only attention goes back to requests.
+Shapes: N tokens of the step, R rows whose next token is wanted, V vocabulary, D model width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesaic.serve import attention
+from moesaic.serve.attention import RaggedAttention, Segment
+from moesaic.serve.experts import LayerExperts
+from moesaic.serve.kv import KVPool
+from moesaic.serve.loading import ServedMoesaic
+from moesaic.serve.store import ExpertStore
+
+
+@dataclass
+class Part:
+    """A request's share of a step: `ids` after `past` tokens in `slot`, each with its expert; `last`: sample after."""
+
+    slot: int
+    past: int
+    ids: Sequence[int]
+    experts: NDArray[np.int16]
+    last: bool
+
+
+class TokenOrder:
+    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are."""
+
+    def __init__(self, expert_N: NDArray[np.int16]) -> None:
+        counts = np.bincount(expert_N)
+        ends = np.cumsum(counts)
+        self.slices = {int(e): slice(int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)}
+        sorted_already = bool((expert_N[1:] >= expert_N[:-1]).all())
+        self.order = None if sorted_already else torch.from_numpy(np.argsort(expert_N, kind="stable"))
+
+    def gather(self, x_ND: Tensor) -> Tensor:
+        """Rows by expert."""
+        return x_ND if self.order is None else x_ND[self.order]
+
+    def scatter(self, y_ND: Tensor) -> Tensor:
+        """Rows as they came."""
+        return y_ND if self.order is None else torch.empty_like(y_ND).index_copy_(0, self.order, y_ND)
+
+
+class Backbone:
+    """The loaded model with its experts and its keys; runs steps."""
+
+    def __init__(self, model: ServedMoesaic, experts: Sequence[LayerExperts], store: ExpertStore, pool: KVPool) -> None:
+        self.model, self.experts, self.store, self.pool = model, experts, store, pool
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Logits (R, V) after the parts that are `last`, in their order. The residency's stage has begun.
+
+        Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
+        """
+        tokens = TokenOrder(np.concatenate([part.experts for part in parts]))
+        step = RaggedAttention(self.pool, segments(parts))
+
+        def ffn(layer: int, x_ND: Tensor) -> Tensor:
+            x_ND = tokens.gather(x_ND)
+            y_ND = torch.empty_like(x_ND)
+            for wave in self.store.residency.waves(layer):
+                with self.store.held(layer, wave):
+                    for call in wave:
+                        rows = tokens.slices[call.expert]
+                        y_ND[rows] = self.experts[layer].run(call.expert, x_ND[rows])
+            return tokens.scatter(y_ND)
+
+        rows = np.cumsum([len(part.ids) for part in parts]) - 1
+        wanted = [row for row, part in zip(rows.tolist(), parts, strict=True) if part.last]
+        with attention.current.use(step), self.model.step.use(ffn):
+            out = self.model.backbone(
+                input_ids=torch.tensor([[token for part in parts for token in part.ids]]),
+                position_ids=step.pos_N[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor(wanted or [0]),
+            )
+        return out.logits[0, : len(wanted)]
+
+
+def segments(parts: Sequence[Part]) -> list[Segment]:
+    """Where each part's tokens stand in the step."""
+    out, start = [], 0
+    for part in parts:
+        out.append(Segment(part.slot, start, len(part.ids), part.past))
+        start += len(part.ids)
+    return out
