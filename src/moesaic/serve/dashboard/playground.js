@@ -53,7 +53,9 @@ export class Playground {
       });
       await this.#read(response);
       const took = seconds((performance.now() - start) / 1000);
-      this.#say(`Done: ${this.usage?.completion_tokens ?? this.answer.size} tokens in ${took}; ${ENDINGS[this.reason] ?? this.reason}.`);
+      this.#say(
+        `Done: ${this.usage?.completion_tokens ?? this.answer.size} tokens in ${took}; ${ENDINGS[this.reason] ?? this.reason}.`,
+      );
     } catch (error) {
       if (error.name === "AbortError") this.#say(`Stopped after ${this.answer.size} tokens.`);
       else this.#say(`Not answered: ${error.message}`, true);
@@ -107,22 +109,17 @@ export class Playground {
   #prompt(extra) {
     for (const [i, text] of (extra?.prompt_tokens ?? []).entries()) {
       const expert = extra.prompt_experts?.[i];
-      this.prompt.add(text, Number.isInteger(expert) ? [expert] : []);
+      this.prompt.add(text, [expert]);
     }
   }
 
-  /** Text that was held back comes with a later token: it is shown as the work of the experts of all of them. */
   #answer(choice, extra) {
     const text = choice.text ?? choice.delta?.content ?? "";
-    const experts = (extra?.experts ?? []).filter(Number.isInteger);
-    if (!text && !experts.length) return;
-    this.answer.add(text, experts, this.held);
-    this.held = text ? [] : [...this.held, ...experts];
+    this.answer.add(text, extra?.experts ?? []);
     byId("plain").append(text);
   }
 
   #begin() {
-    this.held = [];
     this.prompt.clear();
     this.answer.clear();
     byId("plain").replaceChildren();

@@ -22,30 +22,42 @@ export class Tokens {
     this.known = new Map(); // element -> what its line says
     this.counts = new Map(); // expert -> tokens
     this.size = 0;
+    this.held = []; // experts of tokens whose text has not come
     this.last = undefined; // expert of the token before
   }
 
-  /** One piece of text that `experts` (ids, most often one) ran. A piece without text only counts. */
-  add(text, experts, waiting = []) {
-    for (const expert of experts) this.counts.set(expert, (this.counts.get(expert) ?? 0) + 1);
-    const first = this.size + 1;
-    this.size += Math.max(experts.length, experts.length ? 0 : 1);
-    const all = [...waiting, ...experts];
+  /** The text of the tokens that `experts` ran: ids, null for a token that none has. Without text they wait for it:
+   * the server holds back half characters and what may become a stop string. */
+  add(text, experts) {
+    this.held.push(...experts);
     if (!text) return;
-    const expert = all[0];
-    const who = all.length ? [...new Set(all)].map((id) => titleOf(id, this.names())).join(", ") : "not known";
-    const start = expert !== this.last ? " first" : "";
+    const ids = this.held.filter(Number.isInteger);
+    const first = this.size + 1;
+    this.size += Math.max(1, this.held.length);
+    this.held = [];
+    for (const id of ids) this.counts.set(id, (this.counts.get(id) ?? 0) + 1);
+    this.#append(text, ids, first);
+  }
+
+  #append(text, ids, first) {
+    const who = this.#who(ids);
+    const start = ids[0] !== this.last ? " first" : "";
     const token = make(
       "span",
-      { className: `token ${lookOf(expert)}${start}`, tabIndex: this.box.childElementCount ? -1 : 0 },
+      { className: `token ${lookOf(ids[0])}${start}`, tabIndex: this.box.childElementCount ? -1 : 0 },
       visible(text),
-      { role: "option", "aria-selected": "false", "aria-label": `${spoken(text)}, expert ${who}` },
+      { role: "option", "aria-selected": "false", "aria-label": `${spoken(text)}, ${who}` },
     );
-    if (expert !== undefined) token.dataset.letter = letter(expert);
-    token.dataset.experts = all.join(" ");
-    this.last = expert;
-    this.known.set(token, `Token ${first} ${quoted(text)}: expert ${who}`);
+    token.dataset.letter = ids.length ? letter(ids[0]) : "–";
+    token.dataset.experts = ids.join(" ");
+    this.last = ids[0];
+    this.known.set(token, `Token ${first} ${quoted(text)}: ${who}`);
     this.box.append(token);
+  }
+
+  #who(ids) {
+    if (ids.length) return `expert ${[...new Set(ids)].map((id) => titleOf(id, this.names())).join(", ")}`;
+    return this.names().length ? "no expert, as the answer ended before it ran" : "expert not known";
   }
 
   #tell(target) {
