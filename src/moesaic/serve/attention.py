@@ -32,6 +32,14 @@ class Segment(NamedTuple):
     past: int
 
 
+class Scores(NamedTuple):
+    """How queries meet keys. window: how many keys a token sees, itself among them; cap: a bound on scores."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
 class RaggedAttention:
     """The attention of one step: where its tokens go, and whom each may see."""
 
@@ -41,10 +49,8 @@ class RaggedAttention:
         slots = torch.tensor([s.slot for s in segments]) * pool.stride
         self.at_N = self.pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
 
-    def attend(
-        self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scale: float, window: int | None = None
-    ) -> Tensor:
-        """Store the step's keys and values in `layer`, then attend; (N, H, D). window: keys a token sees, itself in."""
+    def attend(self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scores: Scores) -> Tensor:
+        """Store the step's keys and values in `layer`, then attend; (N, H, D)."""
         self.pool.write(layer, self.at_N, key_NGD, value_NGD)
         out_NHD = torch.empty_like(query_NHD)
         groups = key_NGD.shape[1]
@@ -52,38 +58,53 @@ class RaggedAttention:
             keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
             rows = slice(segment.start, segment.start + segment.tokens)
             if segment.tokens == 1:
-                out_NHD[rows] = _one(query_NHD[segment.start], keys, values, groups, scale, window)
+                out_NHD[rows] = _one(query_NHD[segment.start], keys, values, groups, scores)
             else:
-                out_NHD[rows] = _many(query_NHD[rows], keys, values, segment.past, scale, window)
+                out_NHD[rows] = _many(query_NHD[rows], keys, values, segment.past, scores)
         return out_NHD
 
 
-def _one(query_HD: Tensor, keys: Tensor, values: Tensor, groups: int, scale: float, window: int | None) -> Tensor:
-    if window is not None:
-        keys, values = keys[:, -window:], values[:, -window:]
+def _one(query_HD: Tensor, keys: Tensor, values: Tensor, groups: int, scores: Scores) -> Tensor:
+    if scores.window is not None:
+        keys, values = keys[:, -scores.window :], values[:, -scores.window :]
     heads, width = query_HD.shape
     folded = query_HD.view(1, groups, heads // groups, width)
-    return F.scaled_dot_product_attention(folded, keys[None], values[None], scale=scale).view(1, heads, width)
+    if scores.cap is not None:
+        return _capped(folded, keys[None], values[None], None, scores).reshape(1, heads, width)
+    return F.scaled_dot_product_attention(folded, keys[None], values[None], scale=scores.scale).view(1, heads, width)
 
 
-def _many(query_SHD: Tensor, keys: Tensor, values: Tensor, past: int, scale: float, window: int | None) -> Tensor:
+def _many(query_SHD: Tensor, keys: Tensor, values: Tensor, past: int, scores: Scores) -> Tensor:
     tokens, length = len(query_SHD), keys.shape[1]
     mask: Any = None
-    if window is not None and length > window:
+    if scores.cap is not None or (scores.window is not None and length > scores.window):
         query, key = torch.arange(past, length)[:, None], torch.arange(length)
-        mask = (key <= query) & (key > query - window)
+        mask = (key <= query) & (key > query - (scores.window or length))
     elif past:
         mask = causal_lower_right(tokens, length)
+    if scores.cap is not None:
+        groups = len(query_SHD[0]) // len(keys)
+        keys, values = (x.repeat_interleave(groups, 0) for x in (keys, values))
+        return _capped(query_SHD.transpose(0, 1), keys, values, mask, scores).transpose(0, 1)
     out = F.scaled_dot_product_attention(
         query_SHD.transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=mask,
         is_causal=mask is None,
-        scale=scale,
+        scale=scores.scale,
         enable_gqa=query_SHD.shape[1] != keys.shape[0],
     )
     return out[0].transpose(0, 1)
+
+
+def _capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Scores squeezed into -cap..cap before the softmax (Gemma 2); no fused kernel does that on CPUs."""
+    assert scores.cap is not None
+    weights = scores.cap * torch.tanh(query @ keys.transpose(-1, -2) * scores.scale / scores.cap)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -torch.inf)
+    return weights.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
 
 
 current: Current[RaggedAttention] = Current()
@@ -101,11 +122,12 @@ def forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions: (1, H, N, D) and (1, G, N, D) -> (1, N, H, D).
 
-    Raises MoesaicError for what this attention does not know (soft caps, sinks, biases): the answer would be wrong.
+    Raises MoesaicError for what this attention does not know (sinks, biases): the answer would be wrong.
     """
     step = current.value
     if step is None:
@@ -115,7 +137,8 @@ def forward(
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_NHD, key_NGD, value_NGD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return step.attend(layer, query_NHD.contiguous(), key_NGD, value_NGD, scale, sliding_window)[None], None
+    scores = Scores(scale, sliding_window, softcap)
+    return step.attend(layer, query_NHD.contiguous(), key_NGD, value_NGD, scores)[None], None
 
 
 def register() -> None:

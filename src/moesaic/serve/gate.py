@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.routing.pregate import PreGate
-from moesaic.serve.attention import RaggedAttention
+from moesaic.serve.attention import RaggedAttention, Scores
 from moesaic.serve.request import ExpertControl, RequestError
 
 Experts = NDArray[np.int16]
@@ -63,8 +63,9 @@ class Gate:
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-            scale = query.shape[-1] ** -0.5
-            return step.attend(self.first + layer, rows[0].contiguous(), rows[1], rows[2], scale).transpose(0, 1)[None]
+            scores = Scores(query.shape[-1] ** -0.5)
+            out_NHD = step.attend(self.first + layer, rows[0].contiguous(), rows[1], rows[2], scores)
+            return out_NHD.transpose(0, 1)[None]
 
         logits = self.pregate.run(torch.tensor([ids]), step.pos_N[None], attend)[0]
         for row, extra in enumerate(bias):

@@ -10,6 +10,7 @@ from moesaic.serve.store import ExpertStore
 
 FORGET = 0.98  # weight of the past at each step: about the last fifty count
 DISK = 1e9  # bytes a second, before the first read has been timed
+LEAST = 1e-5  # seconds of a stage: waits are weighed against it
 
 
 class LivePrices:
@@ -41,9 +42,9 @@ class LivePrices:
         spread = weight * xx - x * x
         if spread > 1e-9 * weight * xx:
             self.token_s = max((weight * xy - x * y) / spread, 0.0)
-            self.stage_s = max((y - self.token_s * x) / weight, 0.0)
+            self.stage_s = max((y - self.token_s * x) / weight, LEAST)
         else:  # steps of one size only: all of it is the stage's
-            self.stage_s = max(y / weight - self.token_s * x / weight, 0.0)
+            self.stage_s = max((y - self.token_s * x) / weight, LEAST)
 
 
 def memory_rate(size: int = 32 << 20) -> float:

@@ -215,13 +215,12 @@ class Runner:
     def _part(self, request: Request, item: WorkItem) -> Part:
         start, stop = request.done, request.done + item.tokens
         assert request.slot is not None
-        return Part(
-            request.slot, start, request.ids[start:stop], request.experts[start:stop], stop >= len(request.prompt)
-        )
+        ids, experts = request.ids[start:stop], request.experts[start:stop]
+        return Part(request.slot, start, ids, experts, item.phase == "prefill", stop >= len(request.prompt))
 
     def _gate_keys(self, parts: Sequence[Part]) -> None:
         """Prompts were routed on arrival; now that they have slots, their keys in the pre-gate are written too."""
-        prompts = [part for part in parts if len(part.ids) > 1 or part.past == 0]
+        prompts = [part for part in parts if part.prompt]
         if prompts:
             step = RaggedAttention(self.pool, segments(prompts))
             self.machine.gate.extend([token for part in prompts for token in part.ids], step)

@@ -22,12 +22,16 @@ from moesaic.serve.store import ExpertStore
 
 @dataclass
 class Part:
-    """A request's share of a step: `ids` after `past` tokens in `slot`, each with its expert; `last`: sample after."""
+    """A request's share of a step: `ids` after `past` tokens in `slot`, each with its expert.
+
+    prompt: they are of the prompt, so that the pre-gate has not kept their keys. last: a token is sampled after them.
+    """
 
     slot: int
     past: int
     ids: Sequence[int]
     experts: NDArray[np.int16]
+    prompt: bool
     last: bool
 
 
