@@ -106,7 +106,7 @@ def greedy(tokens: int, **changes: object) -> Generation:
 @contextmanager
 def engine(folder: Path, **options: object) -> Iterator[Engine]:
     """A running engine in float32 that ends with the block."""
-    own = Engine(folder, EngineOptions(**{"memory": "700MiB", "dtype": "float32", **options}))  # type: ignore[arg-type]
+    own = Engine(folder, EngineOptions(**{"memory": "2GiB", "dtype": "float32", **options}))  # type: ignore[arg-type]
     own.runner.eos = frozenset()
     own.start()
     try:

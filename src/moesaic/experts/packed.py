@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 12  # from this many rows on, and for multiples of 4, plain float32 products were found to be row by row the same
-
 
 @cache
 def available(dtype: torch.dtype) -> bool:
@@ -46,18 +44,36 @@ class PackedWeight:
 
     def __call__(self, x_NI: Tensor, bias: Tensor | None = None) -> Tensor:
         """(N, in) -> (N, out)."""
-        return _product(x_NI, self._weight, bias) if self.packed else steady(x_NI, self._weight, bias)
+        if not self.packed:
+            return steady(x_NI, self._weight, bias)
+        rows = len(x_NI)
+        return _product(_filled(x_NI, bucket(rows)), self._weight, bias)[:rows]
 
 
 def steady(x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A plain product whose rows do not depend on how many there are: few rows are filled up.
+    """A plain product whose rows do not depend on how many there are: rows are filled up to a bucket.
 
-    Small float32 products take other kernels, with sums in another order, at some row counts.
+    Small float32 products take other kernels, with sums in another order, at some row counts below 12 that are no
+    multiple of 4.
     """
     rows = len(x_NI)
-    if x_NI.dtype != torch.float32 or rows >= ROWS or rows % 4 == 0:
-        return F.linear(x_NI, weight_OI, bias)
-    return F.linear(F.pad(x_NI, (0, 0, 0, -rows % 4)), weight_OI, bias)[:rows]
+    least = 4 if x_NI.dtype == torch.float32 else 1
+    return F.linear(_filled(x_NI, max(bucket(rows), least)), weight_OI, bias)[:rows]
+
+
+def bucket(rows: int) -> int:
+    """The number of rows that `rows` are filled up to.
+
+    oneDNN compiles and keeps a kernel, of about a megabyte, for every number of rows it meets; these are few.
+    """
+    for most, step in ((2, 1), (16, 4), (64, 8), (256, 32)):
+        if rows <= most:
+            return -(-rows // step) * step
+    return -(-rows // 64) * 64
+
+
+def _filled(x_NI: Tensor, rows: int) -> Tensor:
+    return x_NI if len(x_NI) == rows else F.pad(x_NI, (0, 0, 0, rows - len(x_NI)))
 
 
 class PackedLinear(nn.Module):

@@ -13,7 +13,7 @@ from moesaic.schedule.family import BATCHERS, EVICTIONS, PREDICTORS, make
 from moesaic.schedule.residency import Residency
 from moesaic.schedule.work import Key, Layout
 from moesaic.serve.counters import Counters
-from moesaic.serve.experts import BlockExperts
+from moesaic.serve.experts import BlockExperts, Packs, experts_of
 from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
 from moesaic.serve.kv import KVPool
@@ -48,11 +48,14 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
     pool = KVPool(loaded.kv, options.max_requests, planned.context)
     store, memory = _store(loaded, options, planned)
     model = loaded.model
-    experts = [BlockExperts(blocks) for blocks in model.blocks]
+    packs = Packs()
+    experts = [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
+    places = experts_of(store.residency.layout.entries)
+    store.on_left = lambda key: packs.drop(places(key))
     gate = Gate(model.pregate, len(model.config.expert_names), len(model.blocks))
     prices = LivePrices(store.residency, store)
     batcher = make(BATCHERS, "batcher", options.batcher, prices=prices, max_wait_s=options.max_wait_s)
-    machine = Machine(Backbone(model, experts, store, pool), gate, store, memory)
+    machine = Machine(Backbone(model, experts, store, pool), gate, store, memory, packs)
     runner = Runner(machine, batcher, prices, options, counters)
     runner.eos = end_tokens(model, loaded.tokenizer)
     vocab = int(model.config.base_config.get_text_config(decoder=True).vocab_size)

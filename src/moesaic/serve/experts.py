@@ -1,77 +1,115 @@
 """The experts of one layer as they are served: each token group through its expert's rows, wherever they lie.
 
-An expert is a fixed list of pieces, maximal runs of its rows, summed in one order: so a token's result depends neither
-on what else is resident nor on its batch mates.
-Shapes: M tokens of one expert, D model width, W stored channels.
+An expert is one product over its rows in stored order, whether they are gathered for the step or lie packed since the
+expert proved hot. So a token's result depends neither on what else is resident nor on its batch mates; and products
+have few shapes, each of which costs the CPU's library a kernel.
+Shapes: M tokens of one expert, D model width, W_e channels of an expert.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moesaic.experts.channel_blocks import ChannelBlocks
-from moesaic.experts.packed import PackedWeight, steady
+from moesaic.experts.packed import PackedWeight, available, steady
+from moesaic.schedule.work import Key
+
+HOT = 2  # uses after which an expert is worth packing
 
 
-class LayerExperts(Protocol):
-    """What runs the experts of a layer."""
+@dataclass
+class Packs:
+    """Packed copies of hot experts, within `limit` bytes; those unused for longest go first.
 
-    def run(self, expert: int, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D): the expert's output for its tokens."""
-        ...
+    Float32 is left as it is: its packed products round otherwise, and tokens must not depend on what is hot.
+    """
+
+    limit: int = 0
+    taken: int = 0
+    _copies: OrderedDict[tuple[int, int], tuple[PackedWeight, PackedWeight]] = field(default_factory=OrderedDict)
+    _uses: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def get(self, at: tuple[int, int]) -> tuple[PackedWeight, PackedWeight] | None:
+        """gate_up and down of (layer, expert), if they lie packed."""
+        copy = self._copies.get(at)
+        if copy is not None:
+            self._copies.move_to_end(at)
+        return copy
+
+    def offer(self, at: tuple[int, int], gate_up: Tensor, down: Tensor) -> None:
+        """The expert is used once more; packed if it is hot and fits beside the others without putting one out."""
+        self._uses[at] = self._uses.get(at, 0) + 1
+        size = sum(matrix.numel() * matrix.element_size() for matrix in (gate_up, down))
+        if self._uses[at] < HOT or self.taken + size > self.limit or not available(gate_up.dtype):
+            return
+        if gate_up.dtype != torch.float32:
+            self._copies[at] = PackedWeight(gate_up), PackedWeight(down)
+            self.taken += size
+
+    def drop(self, places: Iterable[tuple[int, int]]) -> None:
+        """Entries of these experts have left the memory."""
+        for at in places:
+            if (copy := self._copies.pop(at, None)) is not None:
+                self.taken -= sum(matrix.bytes for matrix in copy)
+                self._uses[at] = 0
+
+    def trim(self, limit: int) -> None:
+        """Another limit, from now on."""
+        self.limit = limit
+        while self.taken > limit:
+            self.drop([next(iter(self._copies))])
 
 
 class BlockExperts:
-    """Channel blocks: y = sum over the expert's runs of (act(gate x) * up x) @ down, rows of `ExpertMemory`."""
+    """Channel blocks of layer `layer`: y = (act(gate x) * up x) @ down over the expert's rows."""
 
-    def __init__(self, blocks: ChannelBlocks) -> None:
-        self.blocks = blocks
-        layout = blocks.layout
-        self._runs = [layout.runs(expert) for expert in range(layout.experts)]
+    def __init__(self, blocks: ChannelBlocks, layer: int, packs: Packs) -> None:
+        self.blocks, self.layer, self.packs = blocks, layer, packs
 
     def run(self, expert: int, x_MD: Tensor) -> Tensor:
         """(M, D) -> (M, D)."""
-        y_MD: Tensor | None = None
-        for start, stop in self._runs[expert]:
-            gate, up, gate_bias, up_bias = self.blocks.rows(start, stop)
-            hidden = steady(x_MD, up, up_bias)
-            if gate is None:
-                hidden = self.blocks.activation(hidden)
-            else:
-                hidden = self.blocks.activation(steady(x_MD, gate, gate_bias)).mul_(hidden)
-            part = steady(hidden, self.blocks.down[start:stop].T)
-            y_MD = part if y_MD is None else y_MD.add_(part)
-        assert y_MD is not None
-        return y_MD if self.blocks.down_bias is None else y_MD.add_(self.blocks.down_bias)
+        blocks = self.blocks
+        bias = self._bias(expert)
+        if (packed := self.packs.get((self.layer, expert))) is not None:
+            gate_up, down = packed
+            y_MD = down(self._activate(gate_up(x_MD, bias)))
+        else:
+            stacked, down_DW = self._matrices(expert)
+            self.packs.offer((self.layer, expert), stacked, down_DW)
+            y_MD = steady(self._activate(steady(x_MD, stacked, bias)), down_DW)
+        return y_MD if blocks.down_bias is None else y_MD.add_(blocks.down_bias)
+
+    def _activate(self, hidden_MW: Tensor) -> Tensor:
+        if self.blocks.gate is None:
+            return self.blocks.activation(hidden_MW)
+        gate_MW, up_MW = hidden_MW.chunk(2, dim=-1)
+        return self.blocks.activation(gate_MW) * up_MW
+
+    def _matrices(self, expert: int) -> tuple[Tensor, Tensor]:
+        """gate over up (2 W_e, D), and down (D, W_e), a view where the expert is a single run."""
+        stacked = [self._rows(part, expert) for part in (self.blocks.gate, self.blocks.up) if part is not None]
+        gate_up = torch.cat([row for rows in stacked for row in rows]) if len(stacked) > 1 else _join(stacked[0])
+        return gate_up, _join(self._rows(self.blocks.down, expert)).T
+
+    def _bias(self, expert: int) -> Tensor | None:
+        parts = [part for part in (self.blocks.gate_bias, self.blocks.up_bias) if part is not None]
+        return torch.cat([row for part in parts for row in self._rows(part, expert)]) if parts else None
+
+    def _rows(self, matrix: Tensor, expert: int) -> list[Tensor]:
+        return [matrix[start:stop] for start, stop in self.blocks.layout.runs(expert)]
 
 
-class StockExperts:
-    """A stock mixture's experts: matrices of their own, y = down (act(gate x) * up x), each (out, in)."""
-
-    def __init__(
-        self, matrices: Sequence[tuple[Tensor, Tensor, Tensor]], activation: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.matrices, self.activation = matrices, activation
-
-    def run(self, expert: int, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D), not yet weighted."""
-        gate, up, down = self.matrices[expert]
-        return steady(self.activation(steady(x_MD, gate)).mul_(steady(x_MD, up)), down)
+def _join(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-class PackedExpert:
-    """One expert's gate and up in one packed matrix, and its down: what a hot expert is run from."""
-
-    def __init__(self, gate: Tensor | None, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
-        self.gate_up = PackedWeight(up if gate is None else torch.cat([gate, up]))
-        self.down = PackedWeight(down)
-        self.gated, self.activation = gate is not None, activation
-
-    def __call__(self, x_MD: Tensor) -> Tensor:
-        hidden = self.gate_up(x_MD)
-        if not self.gated:
-            return self.down(self.activation(hidden))
-        gate, up = hidden.chunk(2, dim=-1)
-        return self.down(self.activation(gate).mul_(up))
+def experts_of(entries: dict[tuple[int, int], tuple[Key, ...]]) -> Callable[[Key], list[tuple[int, int]]]:
+    """From an entry to the experts (layer, expert) that it is part of."""
+    found: dict[Key, list[tuple[int, int]]] = {}
+    for at, keys in entries.items():
+        for key in keys:
+            found.setdefault(key, []).append(at)
+    return lambda key: found.get(key, [])

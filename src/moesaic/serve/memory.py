@@ -39,6 +39,10 @@ class MemorySplit:
             return self.fixed
         return max(self.least, min(self.all_experts, (self.pool - taken) // self.grain * self.grain))
 
+    def for_packs(self, taken: int) -> int:
+        """What is left for packed copies of hot experts, once every expert is in memory."""
+        return max(0, self.pool - taken - (self.all_experts if self.fixed is None else self.fixed))
+
     def prefixes_until(self, running: int) -> int:
         """Up to which bytes prefixes may stay beside the keys of running requests: only what experts leave."""
         wanted = self.all_experts if self.fixed is None else self.fixed

@@ -15,6 +15,7 @@ from moesaic.schedule.residency import Residency
 from moesaic.schedule.work import WorkItem
 from moesaic.serve.attention import RaggedAttention, Segment
 from moesaic.serve.counters import Counters, StepCount
+from moesaic.serve.experts import Packs
 from moesaic.serve.gate import Gate
 from moesaic.serve.memory import MemorySplit
 from moesaic.serve.options import EngineOptions
@@ -38,6 +39,7 @@ class Machine:
     gate: Gate
     store: ExpertStore
     memory: MemorySplit
+    packs: Packs
 
 
 class Runner:
@@ -136,6 +138,8 @@ class Runner:
         """Keys take what they need of the shared memory, prefixes what neither they nor experts want."""
         memory = self.machine.memory
         self.pool.trim(memory.prefixes_until(self.pool.running))
+        if self.options.pack:
+            self.machine.packs.trim(memory.for_packs(self.pool.taken))
         capacity = memory.for_experts(self.pool.taken)
         if capacity != self.residency.pools[0].capacity:
             with self.machine.store.lock() as residency:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.serve import attention
 from moesaic.serve.attention import RaggedAttention, Segment
-from moesaic.serve.experts import LayerExperts
+from moesaic.serve.experts import BlockExperts
 from moesaic.serve.kv import KVPool
 from moesaic.serve.loading import ServedMoesaic
 from moesaic.serve.store import ExpertStore
@@ -57,7 +57,7 @@ class TokenOrder:
 class Backbone:
     """The loaded model with its experts and its keys; runs steps."""
 
-    def __init__(self, model: ServedMoesaic, experts: Sequence[LayerExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(self, model: ServedMoesaic, experts: Sequence[BlockExperts], store: ExpertStore, pool: KVPool) -> None:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
 
     @torch.inference_mode()

@@ -184,11 +184,13 @@ class ExpertStore:
         self._deaths = 0  # of the reading thread, since it last brought something
         self._closed = False
         self._thread: threading.Thread | None = None
+        self.on_left: Callable[[Key], None] = lambda key: None  # what else must know, on the engine's thread
         self.residency = residency(self._left)
 
     def _left(self, key: Key) -> None:
         """The residency's entry has left; its pages go before the next entry is read. Called under the lock."""
         self._leaving.append(key)
+        self.on_left(key)
 
     def start(self) -> None:
         """Read what was preloaded, then serve transfers."""
