@@ -115,7 +115,10 @@ def test_budgets_are_kept_and_more_memory_never_keeps_fewer_experts(
         assert result.kv_request <= result.kv <= result.kv_full
         assert result.context <= CONTEXT and (context is None or result.context == context)
         assert bool(result.problems) == (
-            result.experts < result.all_experts or result.kv < result.kv_full or (context or CONTEXT) > result.context
+            result.experts < result.all_experts
+            or result.kv < result.kv_full
+            or (context or CONTEXT) > result.context
+            or result.kernels > result.spare
         )
     assert small.experts <= large.experts
     assert small.context <= large.context
@@ -166,7 +169,21 @@ def test_experts_as_given(folder: Path) -> None:
 def test_without_a_budget_no_more_is_taken_than_is_useful(folder: Path) -> None:
     result = plan(folder)
     assert result.budget <= 0.8 * 2**50
-    assert (result.spare, result.experts, result.requests, result.context) == (0, EVERY_EXPERT, 32, CONTEXT)
+    assert result.spare <= result.kernels
+    assert (result.experts, result.requests, result.context) == (EVERY_EXPERT, 32, CONTEXT)
+
+
+def test_kernels_are_counted_by_rows_and_shapes(folder: Path) -> None:
+    """Dense matrices: embedding, q and o, k and v; six of the pre-gate. Experts: a width each, up and down."""
+    packed = 3 + 6
+    widths = {W, 60, 48, 32}
+    few = plan(folder, memory=ENOUGH, max_tokens=3)
+    assert few.kernels == 3 * (packed + 2 * len(widths)) * 2**20
+    assert plan(folder, memory=ENOUGH, max_tokens=3, dtype="float32").kernels == 3 * packed * 2**20
+    many = plan(folder, memory=ENOUGH)
+    assert many.kernels == 2**30
+    tight = plan(folder, memory=many.budget - many.spare + 2**20)
+    assert any(f"{1023.0} MiB beyond this budget" in text for text in tight.problems)
 
 
 @pytest.mark.parametrize(

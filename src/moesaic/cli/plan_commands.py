@@ -100,7 +100,7 @@ def _uses(result: "MemoryPlan") -> list[tuple[str, int, str, str]]:
         ("buffers", result.buffers, "cyan", "process, activations, logits"),
         ("experts", result.experts, "magenta", f"{share}, {human_bytes(result.least_experts)} at least"),
         ("keys, values", result.kv, "yellow", _keys(result, human_bytes(result.kv_request))),
-        ("spare", result.spare, "white", ""),
+        ("spare", result.spare, "white", f"kernels grow to {human_bytes(result.kernels)}"),
     ]
 
 

@@ -8,6 +8,8 @@ Everything follows from config.json and the headers of the checkpoint; torch is 
 2. Experts take the rest until all are in memory.
 3. What then is left goes to keys and values: if no context was given a longer one, doubled up to the model's own, then
    more requests. The engine lends keys what experts hold, and takes it back: this is where it starts.
+4. Kernels that are compiled as steps of new sizes come grow into the spare rest. Where that is too small for all of
+   them nothing is taken from others, but the plan says by how much the process can outgrow the budget.
 
 Bytes throughout, memory in whole pages as the engine takes it. N tokens of a step, T context, V vocabulary.
 """
@@ -21,11 +23,14 @@ from typing import Any
 from moesaic.errors import MoesaicError
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
-from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Parts, expert_entries, read_json
+from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Part, Parts, expert_entries, read_json
 from moesaic.simulate.system import size
 
 PAGE = mmap.PAGESIZE
 BASE = 400 * 2**20  # the process before any model; measured: 386 MiB with torch 2.13 and transformers 5.23 imported
+# oneDNN compiles a product for every number of rows and shape of weights it meets, and keeps the last 1024. Measured
+# with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them, then no more.
+KERNEL, KERNELS = 2**20, 1024
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -37,9 +42,10 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 class MemoryPlan:
     """Bytes for each use; dense + buffers + experts + kv <= budget.
 
-    dense:         weights that always stay. buffers: the process, activations, logits and packing.
+    dense:         weights that always stay. buffers: the process, activations, logits, packing.
     experts:       what the engine keeps in memory at first; least_experts: the largest one of a layer.
     kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
+    kernels:       what compiled kernels grow to at most, in what is spare and beyond it.
     least_budget:  less cannot work with this context, these experts and this dtype.
     problems:      what does not fit though it works; advice: what to change.
     """
@@ -59,6 +65,7 @@ class MemoryPlan:
     context: int
     model_context: int | None
     max_requests: int
+    kernels: int
     least_budget: int
     problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
@@ -70,7 +77,7 @@ class MemoryPlan:
 
     @property
     def spare(self) -> int:
-        """Bytes of the budget that nothing needs."""
+        """Bytes of the budget that neither weights nor keys nor buffers need."""
         return self.budget - self.dense - self.buffers - self.experts - self.kv
 
 
@@ -86,6 +93,7 @@ class Needs:
     fixed: int
     context_token: int
     row_bytes: tuple[int, ...]
+    kernels: int
     all_experts: int
     least_experts: int
     model_context: int | None
@@ -130,7 +138,8 @@ def plan(
     fixed = _fixed_experts(needs, experts)
     wanted = needs.all_experts if fixed is None else fixed
     least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
-    budget = _budget(memory, needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest))
+    useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest) + needs.kernels
+    budget = _budget(memory, useful)
     savings = _savings(files, config, dtype, needs, first)
     if budget < least:
         if fixed is not None and fixed > needs.least_experts:
@@ -155,6 +164,7 @@ def plan(
         context=chosen,
         model_context=needs.model_context,
         max_requests=max_requests,
+        kernels=needs.kernels,
         least_budget=least,
     )
     return _with_comments(result, needs, savings, given_context=context is not None, given_experts=fixed is not None)
@@ -232,13 +242,15 @@ def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_reque
         gate_width = _number(pregate, "width")
         gate_rows = [4 * gate_width] * _number(pregate, "layers")
         gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
+    paging = _paging(layout, parts, files, item, least)
     # A chunk's mask over the context, and keys and values repeated for the heads that share them.
     mask = max_tokens * (1 + item) + (2 * shape.query * item if shape.query != shape.keys else 0)
     return Needs(
         dense=dense,
-        fixed=BASE + max(largest, max_tokens * token + max_requests * row) + _paging(layout, parts, files, item, least),
+        fixed=BASE + max(largest, max_tokens * token + max_requests * row) + paging,
         context_token=mask + gate_token,
         row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
+        kernels=KERNEL * min(KERNELS, max_tokens * len(_compiled_shapes(layout, parts, files, dtype))),
         all_experts=layout.total_bytes,
         least_experts=least,
         model_context=_model_context(base),
@@ -334,6 +346,22 @@ def _paging(layout: Layout, parts: Parts, files: ModelFiles, item: int, least: i
     return min(extra, whole - least)  # pages that entries share count once
 
 
+def _compiled_shapes(layout: Layout, parts: Parts, files: ModelFiles, dtype: str) -> set[Any]:
+    """The shapes of weights whose products are compiled. In float32 only packed ones are, which experts are not."""
+    stored = {part.tensor for ranges in parts.values() for part in ranges}
+    shapes: set[Any] = {p.shape for name, p in files.tensors.items() if name not in stored and len(p.shape) == 2}
+    for keys in layout.entries.values() if dtype == "bfloat16" else ():
+        runs: list[Part] = []  # adjoining rows of a tensor are run as one
+        for part in sorted((part for key in keys for part in parts[key]), key=lambda part: (part.tensor, part.start)):
+            if runs and runs[-1].tensor == part.tensor and runs[-1].stop == part.start:
+                runs[-1] = runs[-1]._replace(stop=part.stop)
+            else:
+                runs.append(part)
+        # Blocks store down as they do up, but its products are with the transpose.
+        shapes |= {(files.tensors[r.tensor].shape[1:], r.stop - r.start, r.tensor.endswith("down")) for r in runs}
+    return shapes
+
+
 # -- what to say ------------------------------------------------------------------------------------------------------
 def _savings(
     files: ModelFiles, config: Mapping[str, Any], dtype: str, needs: Needs, context: int
@@ -392,6 +420,11 @@ def _with_comments(
         advice.append(
             f"--memory {_mebibytes(everything)} runs {result.max_requests} requests of {result.context} tokens beside "
             "these experts"
+        )
+    if result.spare < result.kernels:
+        problems.append(
+            f"compiled kernels can grow to {human_bytes(result.kernels)}, {human_bytes(result.kernels - result.spare)} "
+            "beyond this budget"
         )
     return replace(result, problems=problems, advice=advice)
 
