@@ -27,7 +27,9 @@ from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Part, Parts, exp
 from moesaic.simulate.system import size
 
 PAGE = mmap.PAGESIZE
-BASE = 400 * 2**20  # the process before any model; measured: 386 MiB with torch 2.13 and transformers 5.23 imported
+# The process beside a model's weights. Measured with torch 2.13 and transformers 5.23: 409 MiB with a model loaded, and
+# 15 MiB for HTTP and grammars.
+BASE = 432 * 2**20
 # oneDNN compiles a product for every number of rows and shape of weights it meets, and keeps the last 1024. Measured
 # with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them, then no more.
 KERNEL, KERNELS = 2**20, 1024
