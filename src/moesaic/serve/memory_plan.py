@@ -31,7 +31,7 @@ PAGE = mmap.PAGESIZE
 # 15 MiB for HTTP and grammars.
 BASE = 432 * 2**20
 # oneDNN compiles a product for every number of rows and shape of weights it meets, and keeps the last 1024. Measured
-# with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them, then no more.
+# with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them.
 KERNEL, KERNELS = 2**20, 1024
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
