@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3MoeForCausalLM
 
 from moesaic.errors import MoesaicError
+from moesaic.serve.engine import Engine
+from moesaic.serve.options import EngineOptions
 from moesaic.serve.request import Event, Finished, Generation, Token
 
 Stamps = Sequence[Sequence[float]]  # of each request: when each of its tokens came, seconds
 
-CB_TOKENS, CB_PAGE = 4096, 256  # tokens a step and a page of keys of transformers' continuous batching
+CB_TOKENS, CB_PAGE = 1024, 256  # tokens a step and a page of keys of transformers' continuous batching
 
 
 @dataclass
@@ -169,9 +171,6 @@ class Ours:
     """The engine in this process, every expert resident; requests go in together and are cancelled at the end."""
 
     def __init__(self, folder: Path, requests: int, threads: int) -> None:
-        from moesaic.serve.engine import Engine
-        from moesaic.serve.options import EngineOptions
-
         options = EngineOptions(
             experts=1.0, dtype="bfloat16", max_requests=requests, prefix_reuse=False, threads=threads
         )

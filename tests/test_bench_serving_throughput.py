@@ -95,7 +95,7 @@ def test_transformers_sides_decode_alike(bench: Any, peer: Any) -> None:
     assert one.tokens_per_s > 0 and two.tokens_per_s > 0
 
 
-def test_our_model_is_of_the_same_size(bench: Any, tmp_path: Path) -> None:
+def test_our_model_is_of_the_same_size_and_is_served(bench: Any, tmp_path: Path) -> None:
     size = bench.Size(**SIZE)
     folder = bench.make(tmp_path / "ours", lambda path: bench.write_ours(size, path))
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -107,6 +107,12 @@ def test_our_model_is_of_the_same_size(bench: Any, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == size.vocabulary and tokenizer.eos_token_id == 0
     assert bench.make(folder, lambda path: pytest.fail("made again")) == folder
+    side = bench.Ours(folder, requests=3, threads=1)
+    try:
+        decode = side(bench.Cell(3, 8).prompts(size.vocabulary, 0), 4)
+        assert decode.tokens_per_s > 0 and 1 <= decode.experts <= 3
+    finally:
+        side.close()
 
 
 def test_llama_output(bench: Any) -> None:
@@ -161,3 +167,6 @@ def test_rounds_without_llama(bench: Any, tmp_path: Path) -> None:
         assert 1 <= side["experts_per_step"] <= 2 and math.isfinite(side["of_floor"])
     record = {"machine": {"name": "it", "threads": 1, "read_gb_s": 1.0}, "rounds": 2, "cells": [row]}
     assert [table.row_count for table in bench.tables(record)] == [1, 1]
+    side = row["sides"]["generate"]
+    row["sides"] = {"moesaic": side, "generate": {**side, "ours_over_it": bench.spread([2.0, 1.0, 3.0])}}
+    assert list(list(bench.tables(record))[1].columns[1].cells) == ["2.00 (1.00 to 3.00)"]
