@@ -6,7 +6,7 @@ one step; it is a hit if the entry's bytes are there when the layer asks. `now` 
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -46,7 +46,7 @@ class Tally:
     prefetch_bytes: int = 0
     wasted_bytes: int = 0
 
-    def count(self, calls: Sequence[Call], ready: set[Key], sizes: Mapping[Key, int]) -> None:
+    def count(self, calls: Sequence[Call], ready: Set[Key], sizes: Mapping[Key, int]) -> None:
         """One moment: the calls of one layer of one step, and which of their entries were there."""
         for key in keys_of(calls):
             hit = key in ready
@@ -55,7 +55,7 @@ class Tally:
             self.bytes += sizes[key]
             self.byte_hits += hit * sizes[key]
         for call in calls:
-            hit = ready.issuperset(call.keys)
+            hit = all(key in ready for key in call.keys)
             self.calls += 1
             self.call_hits += hit
             self.tokens += call.tokens
@@ -210,6 +210,16 @@ class Cache:
             self._loosen(key, now)
             taken.append(key)
         return tuple(taken)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every entry there is has arrived: nothing can miss until the capacity shrinks."""
+        return len(self._entries) == len(self.sizes) and all(entry.ready for entry in self._entries.values())
+
+    @property
+    def asking(self) -> bool:
+        """Whether transfers may be waiting to begin."""
+        return bool(self._queue)
 
     def start(self) -> Transfer | None:
         """The next transfer to begin: what a layer waits for first, in the order asked; None if there is none."""

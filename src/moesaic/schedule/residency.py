@@ -138,6 +138,17 @@ class Residency:
                     self._wait(owner, self.stage + stages, keys)
         return self.moments
 
+    @property
+    def complete(self) -> bool:
+        """Whether every entry is there, in a single pool."""
+        return len(self.pools) == 1 and self.pools[0].complete
+
+    def pass_by(self, items: Sequence[WorkItem]) -> None:
+        """A whole stage while `complete`: all its uses are hits, and no policy or predictor need hear of it."""
+        self.stage += 1
+        for calls in moments(items):
+            self.pools[0].tally.count(calls, self.layout.bytes.keys(), self.layout.bytes)
+
     def ahead(self, i: int) -> None:
         """Fetch what moments i to i + lookahead - 1 are expected to need, most probable first."""
         for calls in self.moments[i : i + self.lookahead]:
@@ -196,6 +207,11 @@ class Residency:
         forget = getattr(self.predictor, "forget", None)
         if forget is not None:
             forget(request)
+
+    @property
+    def asking(self) -> bool:
+        """Whether transfers may be waiting to begin."""
+        return any(cache.asking for cache in self.pools)
 
     def start(self) -> Transfer | None:
         """The next transfer to begin, demanded ones first; with a cache a layer, from the layer that runs on."""

@@ -24,6 +24,7 @@ from moesaic.models.routes import Current, RoutedFFN
 from moesaic.serve import attention
 from moesaic.serve.kv import KVShape
 from moesaic.serve.model_files import ModelFiles, TensorPlace
+from moesaic.serve.norms import fuse_norms
 
 RunFFN = Callable[[int, Tensor], Tensor]
 
@@ -90,6 +91,8 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
     if model.pregate is None and len(model.config.expert_names) > 1:
         raise MoesaicError(f"{folder} has no pre-gate yet: finish its refactoring first")
     model.backbone.set_attn_implementation(attention.NAME)
+    if pack:
+        fuse_norms(model.backbone)
     packed = pack_linears(model.backbone) if pack else 0
     if model.pregate is not None and pack:
         packed += pack_linears(model.pregate.layers)

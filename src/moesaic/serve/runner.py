@@ -12,7 +12,7 @@ import numpy as np
 from moesaic.errors import MoesaicError
 from moesaic.schedule.batch import Batcher, Portion, Ready, Room
 from moesaic.schedule.residency import Residency
-from moesaic.schedule.work import WorkItem
+from moesaic.schedule.work import WorkItem, keys_of
 from moesaic.serve.attention import RaggedAttention, Segment
 from moesaic.serve.counters import Counters, StepCount
 from moesaic.serve.experts import Packs
@@ -22,8 +22,8 @@ from moesaic.serve.options import EngineOptions
 from moesaic.serve.prices import LivePrices
 from moesaic.serve.request import Event, FinishReason, Token
 from moesaic.serve.sampling import Choice, sample
+from moesaic.serve.sequence import Calls, majority
 from moesaic.serve.sequence import Sequence as Request
-from moesaic.serve.sequence import majority
 from moesaic.serve.step import Backbone, Part, segments
 from moesaic.serve.store import ExpertReadError, ExpertStore
 
@@ -57,6 +57,7 @@ class Runner:
         )
         self.residency: Residency = machine.store.residency
         self.pool = machine.backbone.pool
+        self.calls = Calls(self.residency.layout)
         self.eos: frozenset[int] = frozenset()
         self.requests: dict[int, Request] = {}  # queued or running
         self.running: set[int] = set()
@@ -99,7 +100,7 @@ class Runner:
 
     def _queue(self, request: Request) -> None:
         """Its next portion is ready. Of a long prompt, what one step can take is announced."""
-        item = request.item(self.residency.layout, self.options.max_tokens)
+        item = request.item(self.calls, self.options.max_tokens)
         self._items[request.id] = item
         ready = Ready(
             request.id,
@@ -111,7 +112,7 @@ class Runner:
             item.keys,
             majority(item),
         )
-        if (stages := self._stages(ready)) is not None:
+        if not self.machine.store.complete and (stages := self._stages(ready)) is not None:
             with self.machine.store.lock() as residency:
                 residency.queued((item,), stages)
         self.batcher.add(ready)
@@ -186,7 +187,7 @@ class Runner:
             self.running.add(request.id)
             self._balance()
         if request.cached or portion.tokens != item.tokens:
-            item = request.item(self.residency.layout, portion.tokens)
+            item = request.item(self.calls, portion.tokens)
         return request, item
 
     def _stage(self, staged: Sequence[tuple[Request, WorkItem]]) -> tuple[list[Outcome], float]:
@@ -194,16 +195,20 @@ class Runner:
         again = 1 + len(self.batcher.decodes) // self.options.max_tokens
         items = [item for _, item in staged]
         with self.machine.store.lock() as residency:
-            residency.begin(items, again, lambda request: self._stages(self.batcher.ready[request]))
-            residency.ahead(0)
+            if complete := self.machine.store.complete:
+                residency.pass_by(items)
+            else:
+                residency.begin(items, again, lambda request: self._stages(self.batcher.ready[request]))
+                residency.ahead(0)
         # decode tokens of one expert side by side: mostly nothing needs sorting
         ordered = sorted(staged, key=lambda each: (each[0].left > 0, each[1].calls[0].expert))
         parts = [self._part(request, item) for request, item in ordered]
         self._gate_keys(parts)
-        logits = self.machine.backbone.run(parts)
+        logits = self.machine.backbone.run(parts, complete)
         ran = time.perf_counter()
-        with self.machine.store.lock() as residency:
-            residency.finish()
+        if not complete:
+            with self.machine.store.lock() as residency:
+                residency.finish()
         for (request, item), part in zip(ordered, parts, strict=True):
             self.pool.extend(part.slot, part.ids)
             request.done += item.tokens
@@ -272,7 +277,7 @@ class Runner:
     def _count(self, items: Sequence[WorkItem], seconds: float, stalled: float, overhead: float) -> None:
         tokens = sum(item.tokens for item in items)
         experts = len({call.expert for item in items for call in item.calls})
-        read = sum(self.prices.read_s(key) for key in {key for item in items for key in item.keys})
+        read = sum(map(self.prices.read_s, {key for calls in {item.calls for item in items} for key in keys_of(calls)}))
         self.prices.step(tokens, max(seconds - stalled - read, 0.0))
         self.counters.step(StepCount(items, seconds, stalled, overhead, experts))
 

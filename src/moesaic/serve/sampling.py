@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moesaic.serve.request import Generation, RequestError
 
+DAMAGED = "the model's logits are not finite: the checkpoint or its input is damaged"
+
 
 class Constraint(Protocol):
     """What a text may go on with. finished: only its end may follow."""
@@ -57,8 +59,7 @@ class Sampler:
         if wrong := [token for token in generation.logit_bias if not 0 <= token < vocab]:
             raise RequestError(f"logit_bias names token {wrong[0]}, outside the vocabulary of {vocab}", "logit_bias")
         self._bias = dict(generation.logit_bias)
-        if generation.ignore_eos:
-            self._bias |= dict.fromkeys(eos, -math.inf)
+        self.barred = sorted(eos) if generation.ignore_eos else []
         self._counts: Counter[int] = Counter()  # of sampled tokens
         self._seen = set(prompt_ids) if generation.repetition_penalty != 1 else set()
         self._random = torch.Generator().manual_seed(seed % 2**63)
@@ -76,8 +77,6 @@ class Sampler:
     def choose(self, logits_V: Tensor) -> Choice:
         """The next token; log-probabilities are of the distribution before temperature and truncation."""
         logits_V = logits_V.float()
-        if not bool(torch.isfinite(logits_V).all()):
-            return Choice(-1, error="the model's logits are not finite: the checkpoint or its input is damaged")
         if self._changes:
             logits_V = self._changed(logits_V.clone())
         token = int(logits_V.argmax()) if self.generation.temperature == 0 else self._draw(logits_V)
@@ -131,15 +130,22 @@ class Sampler:
         return int(order_V[place])
 
 
+@torch.inference_mode()
 def sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """The next token of every request; greedy ones without further wishes share one pass."""
     if not samplers:
         return []
-    best_B, largest_B = logits_BV.argmax(-1).tolist(), logits_BV.float().abs().amax(-1).isfinite().tolist()
-    choices = []
+    values_B, best_B = logits_BV.max(-1)  # NaN counts as the largest
+    damaged = (~values_B.isfinite()).tolist()
     for row, sampler in enumerate(samplers):
-        if sampler.plain and largest_B[row]:
-            choices.append(Choice(best_B[row]))
+        if sampler.barred:
+            logits_BV[row, sampler.barred] = -math.inf
+            if int(best_B[row]) in sampler.barred:
+                best_B[row] = logits_BV[row].argmax()
+    choices = []
+    for row, (sampler, best) in enumerate(zip(samplers, best_B.tolist(), strict=True)):
+        if damaged[row]:
+            choices.append(Choice(-1, error=DAMAGED))
         else:
-            choices.append(sampler.choose(logits_BV[row]))
+            choices.append(Choice(best) if sampler.plain else sampler.choose(logits_BV[row]))
     return choices

@@ -55,19 +55,29 @@ class Sequence:
         """Prompt tokens that have not run."""
         return max(len(self.prompt) - self.done, 0)
 
-    def item(self, layout: Layout, tokens: int) -> WorkItem:
+    def item(self, calls_of: "Calls", tokens: int) -> WorkItem:
         """The next portion: at most `tokens` of what is left of the prompt, else the sampled token."""
         experts = self.experts[self.done : self.done + (min(tokens, self.left) or 1)]
-        calls = calls_of(layout, experts)
+        calls = calls_of(experts)
         if self.left:
             return WorkItem(self.id, self.step, "prefill", len(experts), calls, Known.REQUEST)
         return WorkItem(self.id, self.step, "decode", 1, calls, Known.STEP)
 
 
-def calls_of(layout: Layout, experts: Experts) -> tuple[Call, ...]:
-    """The calls of tokens whose experts hold in every layer."""
-    counts = Counter(experts.tolist())
-    return layout.calls([dict(sorted(counts.items()))])
+class Calls:
+    """The calls of tokens whose experts hold in every layer; those of single tokens are built once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._single: dict[int, tuple[Call, ...]] = {}
+
+    def __call__(self, experts: Experts) -> tuple[Call, ...]:
+        if len(experts) > 1:
+            return self.layout.calls([dict(sorted(Counter(experts.tolist()).items()))])
+        expert = int(experts[0])
+        if expert not in self._single:
+            self._single[expert] = self.layout.calls([{expert: 1}])
+        return self._single[expert]
 
 
 def majority(item: WorkItem) -> int:

@@ -61,8 +61,10 @@ class Backbone:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[Part]) -> Tensor:
-        """Logits (R, V) after the parts that are `last`, in their order. The residency's stage has begun.
+    def run(self, parts: Sequence[Part], complete: bool = False) -> Tensor:
+        """Logits (R, V) after the parts that are `last`, in their order.
+
+        The residency's stage has begun, or with `complete` every expert is there and stays.
 
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
@@ -72,6 +74,10 @@ class Backbone:
         def ffn(layer: int, x_ND: Tensor) -> Tensor:
             x_ND = tokens.gather(x_ND)
             y_ND = torch.empty_like(x_ND)
+            if complete:
+                for expert, rows in tokens.slices.items():
+                    y_ND[rows] = self.experts[layer].run(expert, x_ND[rows])
+                return tokens.scatter(y_ND)
             for wave in self.store.residency.waves(layer):
                 with self.store.held(layer, wave):
                     for call in wave:

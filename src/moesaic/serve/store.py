@@ -170,12 +170,14 @@ class ExpertStore:
 
     residency: makes it, given what it shall tell of entries that leave.
     stall_s:   seconds the engine has waited for entries; books_s: that it spent deciding, within steps of the backbone.
+    complete:  every entry is there, and nothing is moved until the residency shrinks.
     bytes_s:   bytes a second of recent reads, None before the first.
     """
 
     def __init__(self, memory: ExpertMemory, residency: Callable[[Callable[[Key], None]], Residency]) -> None:
         self.memory = memory
         self.stall_s = self.books_s = 0.0
+        self.complete = False
         self.bytes_s: float | None = None
         self._changed = threading.Condition()
         self._broken: dict[Key, str] = {}
@@ -189,6 +191,7 @@ class ExpertStore:
 
     def _left(self, key: Key) -> None:
         """The residency's entry has left; its pages go before the next entry is read. Called under the lock."""
+        self.complete = False
         self._leaving.append(key)
         self.on_left(key)
 
@@ -197,6 +200,7 @@ class ExpertStore:
         for key in self.residency.preloaded:
             if key in self.residency:
                 self.memory.load(key)
+        self.complete = self.residency.complete
         self._run()
 
     def _run(self) -> None:
@@ -217,7 +221,7 @@ class ExpertStore:
         """The residency, for calls that move nothing: queued, begin, finish, forget, resize."""
         with self._changed:
             yield self.residency
-            self._changed.notify_all()
+            self._wake()
 
     @contextmanager
     def held(self, i: int, wave: Sequence[Call]) -> Iterator[None]:
@@ -229,7 +233,7 @@ class ExpertStore:
         with self._changed:
             found = self.residency.demand(wave)
             self.residency.ahead(i + 1)
-            self._changed.notify_all()
+            self._wake()
             self.books_s += time.perf_counter() - begin
             try:
                 self._wait(found.late + found.misses)
@@ -244,10 +248,9 @@ class ExpertStore:
                 self.residency.release(wave)
             self.books_s += time.perf_counter() - begin
 
-    def ahead(self, i: int) -> None:
-        """Fetch for the moments from i on."""
-        with self._changed:
-            self.residency.ahead(i)
+    def _wake(self) -> None:
+        """Wake the reading thread if there is something to do: waking costs more than all bookkeeping of a layer."""
+        if self._leaving or self.residency.asking:
             self._changed.notify_all()
 
     def _wait(self, keys: Sequence[Key]) -> None:
@@ -316,6 +319,7 @@ class ExpertStore:
             if problem is not None:
                 self._broken[transfer.key] = f"expert {transfer.key.unit} of layer {transfer.key.layer}: {problem}"
             elif self.residency.arrived(transfer):
+                self.complete = self.residency.complete
                 rate = transfer.bytes / seconds
                 self.bytes_s = rate if self.bytes_s is None else 0.9 * self.bytes_s + 0.1 * rate
             elif transfer.key not in self.residency:
