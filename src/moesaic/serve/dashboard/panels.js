@@ -189,6 +189,7 @@ function queue(state) {
   for (const [i, row] of [...body.rows].entries()) {
     const [bar, number] = row.cells[1].children;
     bar.style.width = `calc(${(queued[i] ?? 0) / most} * (100% - 4.5rem))`;
+    bar.classList.toggle("absent", !queued[i]);
     setText(number, count(queued[i] ?? 0));
     setText(row.cells[2], count(state.tokens_by_expert[i] ?? 0));
   }

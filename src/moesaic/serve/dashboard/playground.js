@@ -116,6 +116,7 @@ export class Playground {
   #answer(choice, extra) {
     const text = choice.text ?? choice.delta?.content ?? "";
     this.answer.add(text, extra?.experts ?? []);
+    if (text) this.#say("Answering.");
     byId("plain").append(text);
   }
 
