@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 EVERY_EXPERT = 2 * 96 * 3 * D * 2  # all 96 channels of both layers are owned; 3 matrices, 2 bytes
 LARGEST_EXPERT = 96 * 3 * D * 2
+EXPERT_WIDTHS = len({rows for layer in EXPERT_ROWS for rows in layer})
 KV_2048 = 2 * 2 * 2048 * 32 * 2 + 2 * 2048 * R * 4  # two layers in bfloat16, the pre-gate in float32; whole pages
 ENOUGH = 10 * 2**30
 
@@ -79,14 +80,15 @@ def test_bytes_counted_by_hand(folder: Path) -> None:
     assert (result.kv, result.kv_full, result.requests) == (3 * KV_2048, 3 * KV_2048, 3)
     assert (result.dtype, result.context, result.model_context) == ("bfloat16", 2048, CONTEXT)
     assert result.problems == result.advice == []
-    assert BASE < result.buffers < BASE + 2**26
+    assert BASE + result.kernels < result.buffers < BASE + result.kernels + 2**26
 
 
 def test_buffers_grow_with_the_step_and_the_requests(folder: Path) -> None:
     small, large = (plan(folder, memory=ENOUGH, context=2048, max_tokens=tokens) for tokens in (512, 1024))
     width = LARGEST_EXPERT // (2 * D * 2)
     token = (6 * D + 4 * D + 4 * 32 + 3 * width) * 2
-    assert large.buffers - small.buffers == 512 * token + 2048 * 512 * 3
+    more = large.kernels - small.kernels
+    assert large.buffers - small.buffers == 512 * token + 2048 * 512 * 3 + more
     few, many = (plan(folder, memory=ENOUGH, context=2048, max_requests=requests) for requests in (1, 11))
     assert many.buffers - few.buffers == 10 * V * 22
 
@@ -118,7 +120,6 @@ def test_budgets_are_kept_and_more_memory_never_keeps_fewer_experts(
             result.experts < result.all_experts
             or result.kv < result.kv_full
             or (context or CONTEXT) > result.context
-            or result.kernels > result.spare
         )
     assert small.experts <= large.experts
     assert small.context <= large.context
@@ -169,21 +170,19 @@ def test_experts_as_given(folder: Path) -> None:
 def test_without_a_budget_no_more_is_taken_than_is_useful(folder: Path) -> None:
     result = plan(folder)
     assert result.budget <= 0.8 * 2**50
-    assert result.spare <= result.kernels
+    assert result.spare < 2**20
     assert (result.experts, result.requests, result.context) == (EVERY_EXPERT, 32, CONTEXT)
 
 
 def test_kernels_are_counted_by_rows_and_shapes(folder: Path) -> None:
     """Dense matrices: embedding, q and o, k and v; six of the pre-gate. Experts: a width each, up and down."""
     packed = 3 + 6
-    widths = {W, 60, 48, 32}
     few = plan(folder, memory=ENOUGH, max_tokens=3)
-    assert few.kernels == 3 * (packed + 2 * len(widths)) * 2**20
+    assert few.kernels == 3 * (packed + 2 * EXPERT_WIDTHS) * 2**20, "1, 2 and 4 rows"
     assert plan(folder, memory=ENOUGH, max_tokens=3, dtype="float32").kernels == 3 * packed * 2**20
-    many = plan(folder, memory=ENOUGH)
-    assert many.kernels == 2**30
-    tight = plan(folder, memory=many.budget - many.spare + 2**20)
-    assert any(f"{1023.0} MiB beyond this budget" in text for text in tight.problems)
+    many = plan(folder, memory=ENOUGH, max_tokens=256)
+    assert many.kernels == (2 + 4 + 6 + 6) * (packed + 2 * EXPERT_WIDTHS) * 2**20
+    assert many.buffers > many.kernels
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ def _uses(result: "MemoryPlan") -> list[tuple[str, int, str, str]]:
     share = f"{result.experts / result.all_experts:.0%} of {human_bytes(result.all_experts)}"
     return [
         ("weights", result.dense, "blue", "all but experts"),
-        ("buffers", result.buffers, "cyan", "process, activations, logits"),
+        ("buffers", result.buffers, "cyan", f"process, activations, logits, kernels {human_bytes(result.kernels)}"),
         ("experts", result.experts, "magenta", f"{share}, {human_bytes(result.least_experts)} at least"),
         ("keys, values", result.kv, "yellow", _keys(result, human_bytes(result.kv_request))),
-        ("spare", result.spare, "white", f"kernels grow to {human_bytes(result.kernels)}"),
+        ("spare", result.spare, "white", ""),
     ]
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.experts.buckets import bucket
+
 
 @cache
 def available(dtype: torch.dtype) -> bool:
@@ -59,17 +61,6 @@ def steady(x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tenso
     rows = len(x_NI)
     least = 4 if x_NI.dtype == torch.float32 else 1
     return F.linear(_filled(x_NI, max(bucket(rows), least)), weight_OI, bias)[:rows]
-
-
-def bucket(rows: int) -> int:
-    """The number of rows that `rows` are filled up to.
-
-    oneDNN compiles and keeps a kernel, of about a megabyte, for every number of rows it meets; these are few.
-    """
-    for most, step in ((2, 1), (16, 4), (64, 8), (256, 32)):
-        if rows <= most:
-            return -(-rows // step) * step
-    return -(-rows // 64) * 64
 
 
 def _filled(x_NI: Tensor, rows: int) -> Tensor:

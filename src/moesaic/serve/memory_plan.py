@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
+from moesaic.experts.buckets import bucket
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
-from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Part, Parts, expert_entries, read_json
+from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Parts, expert_entries, read_json
 from moesaic.simulate.system import size
 
 PAGE = mmap.PAGESIZE
@@ -47,7 +48,7 @@ class MemoryPlan:
     dense:         weights that always stay. buffers: the process, activations, logits, packing.
     experts:       what the engine keeps in memory at first; least_experts: the largest one of a layer.
     kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
-    kernels:       what compiled kernels grow to at most, in what is spare and beyond it.
+    kernels:       what compiled kernels grow to at most, part of the buffers.
     least_budget:  less cannot work with this context, these experts and this dtype.
     problems:      what does not fit though it works; advice: what to change.
     """
@@ -140,7 +141,7 @@ def plan(
     fixed = _fixed_experts(needs, experts)
     wanted = needs.all_experts if fixed is None else fixed
     least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
-    useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest) + needs.kernels
+    useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest)
     budget = _budget(memory, useful)
     savings = _savings(files, config, dtype, needs, first)
     if budget < least:
@@ -245,14 +246,15 @@ def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_reque
         gate_rows = [4 * gate_width] * _number(pregate, "layers")
         gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
     paging = _paging(layout, parts, files, item, least)
+    kernels = _kernels(layout, parts, files, dtype, max_tokens)
     # A chunk's mask over the context, and keys and values repeated for the heads that share them.
     mask = max_tokens * (1 + item) + (2 * shape.query * item if shape.query != shape.keys else 0)
     return Needs(
         dense=dense,
-        fixed=BASE + max(largest, max_tokens * token + max_requests * row) + paging,
+        fixed=BASE + kernels + max(largest, max_tokens * token + max_requests * row) + paging,
         context_token=mask + gate_token,
         row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
-        kernels=KERNEL * min(KERNELS, max_tokens * len(_compiled_shapes(layout, parts, files, dtype))),
+        kernels=kernels,
         all_experts=layout.total_bytes,
         least_experts=least,
         model_context=_model_context(base),
@@ -348,20 +350,17 @@ def _paging(layout: Layout, parts: Parts, files: ModelFiles, item: int, least: i
     return min(extra, whole - least)  # pages that entries share count once
 
 
-def _compiled_shapes(layout: Layout, parts: Parts, files: ModelFiles, dtype: str) -> set[Any]:
-    """The shapes of weights whose products are compiled. In float32 only packed ones are, which experts are not."""
+def _kernels(layout: Layout, parts: Parts, files: ModelFiles, dtype: str, max_tokens: int) -> int:
+    """Bytes of compiled products: one for every shape of weights and number of rows, see experts.buckets.
+
+    In float32 only packed weights are compiled for, which experts are not.
+    """
     stored = {part.tensor for ranges in parts.values() for part in ranges}
-    shapes: set[Any] = {p.shape for name, p in files.tensors.items() if name not in stored and len(p.shape) == 2}
-    for keys in layout.entries.values() if dtype == "bfloat16" else ():
-        runs: list[Part] = []  # adjoining rows of a tensor are run as one
-        for part in sorted((part for key in keys for part in parts[key]), key=lambda part: (part.tensor, part.start)):
-            if runs and runs[-1].tensor == part.tensor and runs[-1].stop == part.start:
-                runs[-1] = runs[-1]._replace(stop=part.stop)
-            else:
-                runs.append(part)
-        # Blocks store down as they do up, but its products are with the transpose.
-        shapes |= {(files.tensors[r.tensor].shape[1:], r.stop - r.start, r.tensor.endswith("down")) for r in runs}
-    return shapes
+    dense = {place.shape for name, place in files.tensors.items() if name not in stored and len(place.shape) == 2}
+    experts = {sum(layout.bytes[key] for key in keys) for keys in layout.entries.values()}  # as many as widths
+    shapes = len(dense) + (2 * len(experts) if dtype == "bfloat16" else 0)
+    rows = len({bucket(rows) for rows in range(1, max_tokens + 1)})
+    return KERNEL * min(KERNELS, shapes * rows)
 
 
 # -- what to say ------------------------------------------------------------------------------------------------------
@@ -422,11 +421,6 @@ def _with_comments(
         advice.append(
             f"--memory {_mebibytes(everything)} runs {result.max_requests} requests of {result.context} tokens beside "
             "these experts"
-        )
-    if result.spare < result.kernels:
-        problems.append(
-            f"compiled kernels can grow to {human_bytes(result.kernels)}, {human_bytes(result.kernels - result.spare)} "
-            "beyond this budget"
         )
     return replace(result, problems=problems, advice=advice)
 

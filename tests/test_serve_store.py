@@ -1,0 +1,177 @@
+"""The store: bytes are those of the checkpoint, the resident set is the budget's, faults are survived or told."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moesaic.errors import MoesaicError
+from moesaic.serve.arena import PAGE, Arena, resident_bytes
+from moesaic.serve.model_files import ModelFiles, expert_entries, read_json
+from moesaic.serve.store import ExpertMemory
+from serving import alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return served_folder(tmp_path_factory.mktemp("served") / "tiny")
+
+
+def memory_of(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertMemory:
+    files = ModelFiles(folder)
+    _, parts = expert_entries(read_json(folder / "config.json"), files, dtype.itemsize)
+    return ExpertMemory(files, parts, dtype)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+def test_pages_come_and_go():
+    """Measured, not assumed: the process grows by what is written and shrinks by what is released."""
+    arena = Arena(256 * MIB)
+    before = resident_bytes()
+    arena.tensor(0, (64 * MIB,), torch.uint8).fill_(1)
+    written = resident_bytes()
+    arena.release(0, 48 * MIB)
+    after = resident_bytes()
+    assert 60 * MIB < written - before < 70 * MIB
+    assert 44 * MIB < written - after < 52 * MIB
+    assert int(arena.tensor(48 * MIB, (16 * MIB,), torch.uint8).sum()) == 16 * MIB
+    assert int(arena.tensor(0, (MIB,), torch.uint8).sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_rows_are_the_checkpoints(folder, dtype):
+    memory = memory_of(folder, dtype)
+    stored = load_file(folder / "model.safetensors")
+    for key in memory.parts:
+        memory.load(key)
+    names = {part.tensor for parts in memory.parts.values() for part in parts}
+    assert names
+    for name in names:
+        assert torch.equal(memory.tensor(name), stored[name].to(dtype))
+
+
+def test_released_rows_are_gone_and_neighbours_stay(folder):
+    memory = memory_of(folder)
+    stored = load_file(folder / "model.safetensors")
+    keys = list(memory.parts)
+    for key in keys:
+        memory.load(key)
+    full = memory.resident
+    for key in keys[::2]:
+        memory.release(key)
+        memory.release(key)  # again: nothing happens
+    for key in keys[1::2]:
+        for part in memory.parts[key]:
+            place = memory.files.tensors[part.tensor]
+            row = (place.stop - place.start) // place.shape[0]
+            rows = slice((part.start - place.start) // row, (part.stop - place.start) // row)
+            assert torch.equal(memory.tensor(part.tensor)[rows], stored[part.tensor][rows])
+        memory.release(key)
+    assert memory.resident == 0 < full
+    assert all(not memory.tensor(part.tensor).any() for parts in memory.parts.values() for part in parts)
+    assert full % PAGE == 0
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def own_copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_truncated_shard_fails_its_requests_and_no_other(own_copy, folder):
+    """The file is cut while it is served: requests that need what is gone are told, the others' tokens are right."""
+    model = reference(folder)
+    by_expert: dict[int, list[int]] = {}
+    for prompt in prompts(200, longest=2, seed=1):
+        plan = model.plan(torch.tensor([prompt + alone(model, prompt, 3)])).expert.tolist()
+        if len(set(plan)) == 1:
+            by_expert.setdefault(plan[0], prompt)
+    assert len(by_expert) > 1
+    with engine(own_copy, experts=0.45, prefix_reuse=False) as own:
+        store = own.runner.machine.store
+        real = store.memory.load
+        doomed = {key for (_, expert), keys in store.residency.layout.entries.items() if expert == 0 for key in keys}
+        kept = {key for (_, expert), keys in store.residency.layout.entries.items() if expert == 1 for key in keys}
+
+        def load(key):
+            if key in doomed - kept:
+                raise MoesaicError("model.safetensors ends at byte 5: it is truncated; copy it again")
+            real(key)
+
+        store.memory.load = load
+        with store.lock() as residency:
+            residency.pools[0].resize(1)  # everything leaves
+            residency.pools[0].resize(own.runner.machine.memory.fixed)
+        results = {expert: ask(own, prompt, greedy(3)).wait() for expert, prompt in by_expert.items()}
+        assert own.failure is None
+        store.memory.load = real  # the disk is back
+        again = ask(own, by_expert[1], greedy(3)).wait()
+    assert results[1].ids == again.ids == alone(model, by_expert[1], 3)
+    assert results[0].end.reason == "error"
+    assert "it is truncated" in results[0].end.message
+
+
+def test_changed_file_is_noticed(own_copy):
+    with engine(own_copy, experts=0.4, prefix_reuse=False) as own:
+        assert len(ask(own, prompts(1)[0], greedy(3)).wait().ids) == 3
+        path = own_copy / "model.safetensors"
+        os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))
+        heard = [ask(own, prompt, greedy(8)).wait() for prompt in prompts(6, seed=3)]
+        assert own.failure is None
+    messages = [each.end.message for each in heard if each.end.reason == "error"]
+    assert messages
+    assert all("was changed while it was served" in message for message in messages)
+
+
+def test_renamed_checkpoint_goes_on(own_copy):
+    """Open files outlive their names: a folder that is replaced by a rename does not disturb who serves it."""
+    model = reference(own_copy)
+    asked = prompts(6, seed=3)
+    with engine(own_copy, experts=0.4) as own:
+        ask(own, asked[0], greedy(3)).wait()
+        shutil.move(own_copy, own_copy.with_name("moved"))
+        assert ask_all(own, asked, greedy(8)) == [alone(model, prompt, 8) for prompt in asked]
+
+
+def test_damaged_weights_fail_one_request_alone(folder):
+    """Logits that are not finite end their request with the reason; the engine lives."""
+    with engine(folder) as own:
+        backbone = own.runner.machine.backbone
+        run = backbone.run
+
+        def poisoned(parts, complete=False):
+            logits = run(parts, complete)
+            rows = [part for part in parts if part.last]
+            for row, part in enumerate(rows):
+                if part.slot == 0:
+                    logits[row] = float("nan")
+            return logits
+
+        backbone.run = torch.inference_mode()(poisoned)
+        heard = [ask(own, prompt, greedy(5)) for prompt in prompts(3, seed=2)]
+        ends = [each.wait().end for each in heard]
+        assert own.failure is None
+    assert sorted(end.reason for end in ends) == ["error", "length", "length"]
+    assert any("not finite" in end.message for end in ends)
+
+
+def test_budget_is_kept_under_load(folder):
+    with engine(folder, experts=0.45, prefix_reuse=False) as own:
+        heard = [ask(own, prompt, greedy(20)) for prompt in prompts(20, seed=4)]
+        store = own.runner.machine.store
+        most = 0
+        while not all(each.ended.is_set() for each in heard):
+            most = max(most, store.residency.taken)
+        capacity = store.residency.pools[0].capacity
+        assert most <= capacity
+        pages = store.memory.resident
+        edges = 2 * PAGE * sum(len(store.memory.parts[key]) for key in store.memory._loaded)
+    assert pages <= capacity + edges
+    assert np.isfinite(most)
