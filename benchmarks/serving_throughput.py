@@ -41,6 +41,7 @@ from moesaic.refactor.machine import measure_machine
 from moesaic.refactor.receipts import environment
 
 OURS = "moesaic"
+WARM_CONTEXT = 16
 QUIET = 1.3  # load average; loading the models is part of it
 REPEATS = 4  # of a single request in each round, which takes a fraction of a second; larger batches fewer
 
@@ -82,9 +83,8 @@ Results = dict[Cell, dict[str, list[Decode]]]
 
 def play(peers: Peers, cells: Sequence[Cell], args: argparse.Namespace, size: Size) -> Results:
     """All rounds. What runs before them and counts for nothing loads, packs and compiles what is used first."""
-    shortest = min(cell.context for cell in cells)
     for side, batch in itertools.product(peers.sides.values(), sorted({cell.batch for cell in cells})):
-        side(Cell(batch, shortest).prompts(size.vocabulary, args.rounds), args.steps)
+        side(Cell(batch, WARM_CONTEXT).prompts(size.vocabulary, args.rounds), args.steps)
     results: Results = {cell: {name: [] for name in peers.sides} for cell in cells}
     with Progress("serving throughput", total=args.rounds * len(cells), unit="cells") as progress:
         for number, cell in itertools.product(range(args.rounds), cells):
