@@ -9,7 +9,9 @@ from moesaic.cli import (
     advise_commands,
     claims_commands,
     inspect_commands,
+    plan_commands,
     refactor_commands,
+    serve_commands,
     simulate_commands,
     trace_commands,
     train_commands,
@@ -39,6 +41,8 @@ advise_commands.add_to(app)
 train_commands.add_to(app)
 simulate_commands.add_to(app)
 trace_commands.add_to(app)
+plan_commands.add_to(app)
+serve_commands.add_to(app)
 
 
 def main() -> None:

@@ -113,6 +113,11 @@ class Engine:
             time.sleep(0.02)
         return False
 
+    def stop(self) -> None:
+        """Cancel what runs; the threads stay until `close`."""
+        self._closing = True
+        self._commands.put(lambda: self._end_all("cancelled", "the server shuts down"))
+
     def close(self) -> None:
         """Cancel what runs, stop the threads, free the memory."""
         self._closing = self._stop = True

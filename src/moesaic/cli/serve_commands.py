@@ -1,0 +1,83 @@
+"""serve: a refactored model behind an OpenAI-compatible API."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelFolder = Annotated[Path, typer.Argument(help="A checkpoint that moesaic refactor wrote.")]
+KEYS = "MOESAIC_API_KEYS"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    app.command()(serve)
+
+
+def serve(
+    model: ModelFolder,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    memory: Annotated[str | None, typer.Option(help="Memory for everything, as 8GiB; see moesaic plan.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Memory for experts: bytes, 2GiB, or a share of all.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
+    max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait beyond those; more get 429.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one step; longer prompts run in chunks.")] = 512,
+    batcher: Annotated[str, typer.Option(help="What runs together: adaptive, fcfs, decode-first, ...")] = "adaptive",
+    policy: Annotated[str, typer.Option(help="Which experts leave: belady, lru, ...")] = "belady",
+    lookahead: Annotated[int, typer.Option(help="Layers whose experts are fetched ahead; 0 = on demand.")] = 1,
+    max_wait: Annotated[float, typer.Option(help="Longest a ready token is passed over, in seconds.")] = 1.0,
+    page_cache: Annotated[str, typer.Option(help="keep, or drop to force reads from the disk.")] = "keep",
+    api_key: Annotated[
+        list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS} with commas. None = everybody.")
+    ] = None,
+    per_minute: Annotated[int, typer.Option(help="Requests a key may make in a minute; 0 = any number.")] = 0,
+    drain: Annotated[float, typer.Option(help="Seconds running requests may take to finish at the end.")] = 30.0,
+    threads: Annotated[int | None, typer.Option(help="Threads that compute; default: the cores.")] = None,
+) -> None:
+    """Serve MODEL with experts in memory as far as they fit, on demand from the disk beyond.
+
+    Example: moesaic serve ./moe --memory 8GiB --port 8000
+    """
+    from moesaic.serve.extra import needed
+
+    needed("fastapi", "uvicorn", "prometheus_client")
+    from moesaic.serve.api.app import ApiOptions, create_app
+    from moesaic.serve.api.server import ServerOptions, bound, log_json, serve
+    from moesaic.serve.engine import Engine
+    from moesaic.serve.options import EngineOptions
+
+    keys = tuple(api_key or [key for key in os.environ.get(KEYS, "").split(",") if key])
+    options = EngineOptions(
+        memory=memory,
+        experts=_share(experts),
+        dtype=dtype,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        max_requests=max_requests,
+        max_waiting=max_waiting,
+        context=context,
+        batcher=batcher,
+        policy=policy,
+        lookahead=lookahead,
+        max_wait_s=max_wait,
+        page_cache=page_cache,  # type: ignore[arg-type]
+        threads=threads,
+    )
+    listening = bound(host, port)
+    engine = Engine(model, options)
+    engine.start()
+    log_json()
+    where = f"http://{host}:{listening.getsockname()[1]}"
+    typer.echo(f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)", err=True)
+    serve(engine, create_app(engine, ApiOptions(keys, per_minute)), listening, ServerOptions(host, port, drain))
+
+
+def _share(value: str | None) -> str | float | None:
+    """0.5 is a share, 2GiB a size."""
+    try:
+        return value if value is None or float(value) > 1 else float(value)
+    except ValueError:
+        return value
