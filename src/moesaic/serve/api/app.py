@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -83,6 +83,7 @@ class Job:
     async def lines(self) -> AsyncIterator[str]:
         """The stream; an error of one choice ends it with an error event."""
         ends: list[Finished] = []
+        yield ": queued\n\n"  # a comment, so that the client has its headers before its first token
         async with aclosing(self.calls.events()) as events:  # type: ignore[type-var]
             async for index, event in events:
                 prompt = index // self.calls.n
@@ -258,10 +259,10 @@ def _operations(app: FastAPI, engine: Engine) -> None:
             return JSONResponse({"status": "ready"})
         return errors.answer(503, engine.failure or "the server is not accepting requests", code="unavailable")
 
-    @app.get("/metrics", responses={401: REFUSALS[401]}, response_model=None)
+    @app.get("/metrics", responses={401: REFUSALS[401]}, response_class=PlainTextResponse)
     def scrape() -> Response:
         """Counters for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/moesaic/state", responses={401: REFUSALS[401]}, response_model=None)
     def state() -> dict[str, Any]:
