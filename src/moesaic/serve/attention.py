@@ -7,7 +7,8 @@ times faster on CPUs than letting the kernel repeat the keys).
 Shapes: N tokens of the step, H query heads, G key-value heads, D head width, L keys of a request.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,11 +41,31 @@ class Scores(NamedTuple):
     cap: float | None = None
 
 
+SHORT = 256  # keys, on average: up to there a second thread costs a single query more than it brings
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Operators inside the block run on the calling thread alone."""
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class RaggedAttention:
     """The attention of one step: where its tokens go, and whom each may see."""
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
-        self.pool, self.segments = pool, segments
+        self.pool = pool
+        self._prompts = [segment for segment in segments if segment.tokens > 1]
+        self._decodes = [segment for segment in segments if segment.tokens == 1]
+        self._short = SHORT * len(self._decodes) > sum(segment.past for segment in self._decodes)
         self.pos_N = torch.cat([torch.arange(s.past, s.past + s.tokens) for s in segments])
         slots = torch.tensor([s.slot for s in segments]) * pool.stride
         self.at_N = self.pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
@@ -53,14 +74,15 @@ class RaggedAttention:
         """Store the step's keys and values in `layer`, then attend; (N, H, D)."""
         self.pool.write(layer, self.at_N, key_NGD, value_NGD)
         out_NHD = torch.empty_like(query_NHD)
-        groups = key_NGD.shape[1]
-        for segment in self.segments:
+        for segment in self._prompts:
             keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
             rows = slice(segment.start, segment.start + segment.tokens)
-            if segment.tokens == 1:
-                out_NHD[rows] = _one(query_NHD[segment.start], keys, values, groups, scores)
-            else:
-                out_NHD[rows] = _many(query_NHD[rows], keys, values, segment.past, scores)
+            out_NHD[rows] = _many(query_NHD[rows], keys, values, segment.past, scores)
+        groups = key_NGD.shape[1]
+        with one_thread(self._short):
+            for slot, start, tokens, past in self._decodes:
+                keys, values = self.pool.read(layer, slot, past + tokens)
+                out_NHD[start] = _one(query_NHD[start], keys, values, groups, scores)[0]
         return out_NHD
 
 

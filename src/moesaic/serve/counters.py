@@ -41,6 +41,11 @@ class Counters:
         self.experts, self.batch = Histogram(SIZES), Histogram(SIZES)
         self._ends: deque[float] = deque(maxlen=RECENT)
 
+    def arrived(self, seconds: float) -> None:
+        """A request was routed and queued in `seconds`, between steps."""
+        self.overhead_s += seconds
+        self.busy_s += seconds
+
     def waited(self, request: Request, now: float) -> None:
         """Something of the request is about to run; the first time, its wait ends."""
         if not request.started:

@@ -4,12 +4,12 @@ The order in which batcher and residency hear of events is that of `simulate.sim
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.errors import MoesaicError
 from moesaic.schedule.batch import Batcher, Portion, Ready, Room
 from moesaic.schedule.residency import Residency
 from moesaic.schedule.work import WorkItem, keys_of
@@ -63,6 +63,7 @@ class Runner:
         self.running: set[int] = set()
         self._items: dict[int, WorkItem] = {}  # the next portion of each, as announced
         self._begin = time.perf_counter()
+        self._own_s = 0.0  # of the engine's thread in batching, policies and the pre-gate
 
     @property
     def now(self) -> float:
@@ -77,12 +78,13 @@ class Runner:
     # -- the life of a request ------------------------------------------------------------------------------------
     def arrive(self, request: Request) -> None:
         """Route its prompt and queue it."""
-        begin = time.perf_counter()
-        request.experts = self.machine.gate.prompt(request.prompt, request.bias)
-        request.since_s = request.arrival_s
-        self.requests[request.id] = request
-        self._queue(request)
-        self.counters.overhead_s += time.perf_counter() - begin
+        books = self._books_s
+        with self._books():
+            request.experts = self.machine.gate.prompt(request.prompt, request.bias)
+            request.since_s = request.arrival_s
+            self.requests[request.id] = request
+            self._queue(request)
+        self.counters.arrived(self._books_s - books)
 
     def end(self, request: Request) -> None:
         """It has finished or was cancelled: nothing of it stays but its prefix."""
@@ -149,29 +151,41 @@ class Runner:
     # -- a step ---------------------------------------------------------------------------------------------------
     def step(self) -> list[Outcome]:
         """Form a stage and run it; what became of its requests, and of those whose experts could not be read."""
-        begin, stall, books = time.perf_counter(), self.machine.store.stall_s, self.machine.store.books_s
-        portions = self.batcher.form(self.now, Room(self.options.max_tokens, self._admit()))
-        if not portions:
+        begin, stall, books = time.perf_counter(), self.machine.store.stall_s, self._books_s
+        with self._books():
+            portions = self.batcher.form(self.now, Room(self.options.max_tokens, self._admit()))
+            staged = [self._taken(portion) for portion in portions]
+        if not staged:
             time.sleep(1e-3)  # what is ready may not begin yet
             return []
-        staged = [self._taken(portion) for portion in portions]
         failed: list[Outcome] = []
         while staged:
             try:
-                formed = time.perf_counter()
-                outcomes, ran = self._stage(staged)
+                outcomes = self._stage(staged)
                 break
             except ExpertReadError as error:
                 lost = [request for request, item in staged if set(error.keys) & set(item.keys)]
+                lost = lost or [request for request, _ in staged]
                 failed += [(request, [], "error", str(error)) for request in lost]
                 staged = [(request, item) for request, item in staged if request not in lost]
         else:
             return failed
-        seconds = time.perf_counter() - begin
-        stalled = self.machine.store.stall_s - stall
-        overhead = seconds - (ran - formed) + self.machine.store.books_s - books
-        self._count([item for _, item in staged], seconds, stalled, overhead)
+        seconds, stalled = time.perf_counter() - begin, self.machine.store.stall_s - stall
+        self._count([item for _, item in staged], seconds, stalled, self._books_s - books)
         return failed + outcomes
+
+    @contextmanager
+    def _books(self) -> Iterator[None]:
+        """What the block takes is overhead: batching, policies, the pre-gate."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._own_s += time.perf_counter() - begin
+
+    @property
+    def _books_s(self) -> float:
+        return self._own_s + self.machine.store.books_s
 
     def _taken(self, portion: Portion) -> tuple[Request, WorkItem]:
         """The portion as a work item; one of another length than was announced is cut anew."""
@@ -190,11 +204,11 @@ class Runner:
             item = request.item(self.calls, portion.tokens)
         return request, item
 
-    def _stage(self, staged: Sequence[tuple[Request, WorkItem]]) -> tuple[list[Outcome], float]:
-        """Run work items; returns what became of them, and when the backbone was done."""
+    def _stage(self, staged: Sequence[tuple[Request, WorkItem]]) -> list[Outcome]:
+        """Run work items; returns what became of them."""
         again = 1 + len(self.batcher.decodes) // self.options.max_tokens
         items = [item for _, item in staged]
-        with self.machine.store.lock() as residency:
+        with self._books(), self.machine.store.lock() as residency:
             if complete := self.machine.store.complete:
                 residency.pass_by(items)
             else:
@@ -203,11 +217,11 @@ class Runner:
         # decode tokens of one expert side by side: mostly nothing needs sorting
         ordered = sorted(staged, key=lambda each: (each[0].left > 0, each[1].calls[0].expert))
         parts = [self._part(request, item) for request, item in ordered]
-        self._gate_keys(parts)
+        with self._books():
+            self._gate_keys(parts)
         logits = self.machine.backbone.run(parts, complete)
-        ran = time.perf_counter()
         if not complete:
-            with self.machine.store.lock() as residency:
+            with self._books(), self.machine.store.lock() as residency:
                 residency.finish()
         for (request, item), part in zip(ordered, parts, strict=True):
             self.pool.extend(part.slot, part.ids)
@@ -218,8 +232,9 @@ class Runner:
         for request, part in zip((request for request, _ in ordered), parts, strict=True):
             if not part.last:
                 request.since_s = self.now
-                self._queue(request)
-        return outcomes, ran
+                with self._books():
+                    self._queue(request)
+        return outcomes
 
     def _part(self, request: Request, item: WorkItem) -> Part:
         start, stop = request.done, request.done + item.tokens
@@ -251,10 +266,13 @@ class Runner:
             else:
                 outcomes.append((request, [_event(request, choice, text, None)], reason, ""))
         if going:
-            for (request, choice, text), expert in zip(going, self._route([each[0] for each in going]), strict=True):
+            with self._books():
+                experts = self._route([request for request, _, _ in going])
+            for (request, choice, text), expert in zip(going, experts, strict=True):
                 request.experts = np.append(request.experts, expert)
                 request.since_s = self.now
-                self._queue(request)
+                with self._books():
+                    self._queue(request)
                 outcomes.append((request, [_event(request, choice, text, int(expert))], None, ""))
         return outcomes
 
@@ -286,6 +304,3 @@ def _event(request: Request, choice: Choice, text: str, expert: int | None) -> T
     top = tuple((token, request.text.piece(token), logprob) for token, logprob in choice.top)
     piece = request.text.piece(choice.id) if choice.logprob is not None else ""
     return Token(choice.id, text, expert, choice.logprob, piece, top)
-
-
-__all__ = ["Machine", "MoesaicError", "Outcome", "Runner"]
