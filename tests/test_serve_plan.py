@@ -117,9 +117,7 @@ def test_budgets_are_kept_and_more_memory_never_keeps_fewer_experts(
         assert result.kv_request <= result.kv <= result.kv_full
         assert result.context <= CONTEXT and (context is None or result.context == context)
         assert bool(result.problems) == (
-            result.experts < result.all_experts
-            or result.kv < result.kv_full
-            or (context or CONTEXT) > result.context
+            result.experts < result.all_experts or result.kv < result.kv_full or (context or CONTEXT) > result.context
         )
     assert small.experts <= large.experts
     assert small.context <= large.context

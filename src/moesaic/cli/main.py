@@ -11,6 +11,7 @@ from moesaic.cli import (
     inspect_commands,
     plan_commands,
     refactor_commands,
+    replay_commands,
     serve_commands,
     simulate_commands,
     trace_commands,
@@ -43,6 +44,7 @@ simulate_commands.add_to(app)
 trace_commands.add_to(app)
 plan_commands.add_to(app)
 serve_commands.add_to(app)
+replay_commands.add_to(app)
 
 
 def main() -> None:

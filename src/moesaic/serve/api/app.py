@@ -33,12 +33,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         401: "No valid API key",
         404: "No such model",
         413: "The body is too large",
-        422: "Never: what is malformed is 400",
         429: "Too many requests, or the queue is full; see Retry-After",
         500: "The server failed",
         503: "The server starts, drains or has failed",
     }.items()
-    if status != 422
 }
 
 
@@ -155,7 +153,8 @@ class Service:
             echo = [""]
         else:
             ids = prompts.of_completion(body, tokenizer)
-            echo = [tokenizer.decode(one, skip_special_tokens=True) if body.echo else "" for one in ids]
+            known = self._valid(ids)
+            echo = [tokenizer.decode(one, skip_special_tokens=True) if body.echo else "" for one in known]
         writer = Writer(engine.name, isinstance(body, Chat), bool(body.return_experts))
         wanted = [prompts.pieces(one, tokenizer) if body.return_experts else [] for one in self._valid(ids)]
         stream = body.stream_options
@@ -186,6 +185,7 @@ def create_app(engine: Engine, options: ApiOptions | None = None) -> FastAPI:
     _completions(app, service)
     _models(app, engine)
     _operations(app, engine)
+    errors.honest(app)
     if (DASHBOARD / "index.html").is_file():
         app.mount("/", Dashboard(directory=DASHBOARD, html=True), name="dashboard")
     app.add_middleware(Gatekeeper, keys=options.keys, per_minute=options.per_minute, most_bytes=options.most_bytes)

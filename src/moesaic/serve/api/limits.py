@@ -1,6 +1,7 @@
 """Who may ask, how much, and how often: an ASGI layer in front of the API."""
 
 import hmac
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -9,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moesaic.serve.api import errors
 
+PAGE = re.compile(r"/[\w-]+\.(js|css|svg|html)")
 OPEN = ("/health", "/ready", "/", "/favicon.ico")  # without a key: probes and the page itself, which holds no data
-STATIC = (".js", ".css", ".svg", ".html")
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Gatekeeper:
         for number, own in enumerate(self.keys):  # all of them, so that time tells nothing
             if hmac.compare_digest(own.encode(), key.strip()) and kind.lower() == b"bearer":
                 found = str(number)
-        if found is None and (path in OPEN or path.endswith(STATIC)):
+        if found is None and (path in OPEN or PAGE.fullmatch(path)):
             return ""
         return found
 

@@ -26,13 +26,13 @@ def of_completion(body: Completion, tokenizer: Any) -> list[list[int]]:
 def of_chat(body: Chat, tokenizer: Any) -> list[int]:
     """The conversation through the tokenizer's chat template; without one, a line "role: text" a turn."""
     if not getattr(tokenizer, "chat_template", None):
-        return encode(plain(body.messages), tokenizer)
+        return encode(plain(body.messages), tokenizer, "messages")
     turns = [{"role": message.role, "content": message.text} for message in body.messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may refuse roles and orders by any error
         raise RequestError(f"the model's chat template refuses this conversation: {error}", "messages") from None
-    return encode(text, tokenizer, add_special_tokens=False)
+    return encode(text, tokenizer, "messages", add_special_tokens=False)
 
 
 def plain(messages: Sequence[Message]) -> str:
@@ -40,12 +40,12 @@ def plain(messages: Sequence[Message]) -> str:
     return "".join(f"{message.role}: {message.text}\n" for message in messages) + "assistant:"
 
 
-def encode(text: str, tokenizer: Any, **options: Any) -> list[int]:
-    """Token ids; raises RequestError for what is no text."""
+def encode(text: str, tokenizer: Any, field: str = "prompt", **options: Any) -> list[int]:
+    """Token ids; raises RequestError, naming the field, for what is no text."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError("the text holds half of a surrogate pair: it is not valid Unicode", "prompt") from None
+        raise RequestError("the text holds half of a surrogate pair: it is not valid Unicode", field) from None
     return list(tokenizer(text, **options).input_ids)
 
 

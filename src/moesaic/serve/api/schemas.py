@@ -122,7 +122,7 @@ class Options(Strict):
     def _bias(self) -> dict[int, float]:
         bias = {}
         for name, value in (self.logit_bias or {}).items():
-            if not name.isdecimal() or len(name) > 9:
+            if not (name.isascii() and name.isdecimal()) or len(name) > 9:
                 raise RequestError(f"logit_bias names {name[:40]!r}: expected token ids", "logit_bias")
             if not -100 <= value <= 100:
                 raise RequestError(f"logit_bias of token {name} is {value}: expected -100 to 100", "logit_bias")

@@ -1,0 +1,209 @@
+"""A trace's arrivals fired at a live server, and the table that `moesaic simulate` prints, measured.
+
+Open loop: requests are sent when the trace says so, whatever the server does. Every request streams, goes on past the
+end-of-sequence token for as many tokens as the trace has, and is timed at its client. Times in seconds.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from moesaic.errors import MoesaicError
+from moesaic.progress import Progress
+from moesaic.schedule.trace import Trace
+from moesaic.simulate.report import latencies
+from moesaic.simulate.simulator import Run, Served
+
+RETRIES = 20  # after 429, before a request counts as refused
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to send. rate: arrivals this many times as fast as the trace's; timeout_s: of a single request."""
+
+    url: str
+    key: str | None = None
+    rate: float = 1.0
+    timeout_s: float = 600.0
+
+
+@dataclass
+class Outcome:
+    """What happened to the requests; errors by kind, refusals are 429s that were tried again."""
+
+    served: list[Served]
+    errors: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def prompts_for(trace: Trace, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids for every request: `texts` in turn, repeated and cut to the trace's prompt lengths."""
+    prompts = []
+    for request, wanted in enumerate(trace.prompt_tokens.tolist()):
+        own = list(texts[request % len(texts)])
+        if not own:
+            raise MoesaicError("a prompt without a token cannot be cut to a length: leave empty texts out")
+        prompts.append((own * (-(-wanted // len(own))))[:wanted])
+    return prompts
+
+
+def replay(trace: Trace, prompts: Sequence[Sequence[int]], target: Target) -> Outcome:
+    """Send every request of the trace and wait for all answers.
+
+    Raises MoesaicError if there is no server, or it is not ready. What fails for single requests is counted.
+    """
+    return asyncio.run(_replay(trace, prompts, target))
+
+
+async def _replay(trace: Trace, prompts: Sequence[Sequence[int]], target: Target) -> Outcome:
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    timeout = httpx.Timeout(target.timeout_s, connect=30)
+    outcome = Outcome([])
+    async with httpx.AsyncClient(base_url=target.url, headers=headers, limits=limits, timeout=timeout) as client:
+        outcome.before = await state(client)
+        begin = time.perf_counter()
+        outputs = trace.output_tokens.tolist()
+        with Progress("replay", total=trace.requests, unit="requests") as progress:
+            tasks = []
+            for number, arrival in enumerate((trace.arrival_s / target.rate).tolist()):
+                served = Served(arrival, len(prompts[number]), outputs[number])
+                outcome.served.append(served)
+                own = _Request(client, outcome, served, begin, list(prompts[number]))
+                tasks.append(asyncio.create_task(own.run()))
+                tasks[-1].add_done_callback(lambda _: progress.advance(1))
+            await asyncio.gather(*tasks)
+        outcome.seconds = time.perf_counter() - begin
+        outcome.after = await state(client)
+    return outcome
+
+
+async def state(client: httpx.AsyncClient) -> dict[str, Any]:
+    """The server's counters; raises MoesaicError, in one line, if it does not answer."""
+    try:
+        answer = await client.get("/v1/moesaic/state")
+        answer.raise_for_status()
+        return dict(answer.json())
+    except (httpx.HTTPError, ValueError) as error:
+        raise MoesaicError(
+            f"no moesaic server answers at {client.base_url}: {error or type(error).__name__}; start one with "
+            "moesaic serve MODEL"
+        ) from None
+
+
+@dataclass
+class _Request:
+    """One request on its way."""
+
+    client: httpx.AsyncClient
+    outcome: Outcome
+    served: Served
+    begin: float
+    prompt: list[int]
+
+    async def run(self) -> None:
+        await asyncio.sleep(max(self.served.arrival_s - self._now(), 0))
+        self.served.start_s = self._now()
+        for _ in range(RETRIES):
+            try:
+                wait = await self._once()
+            except httpx.TimeoutException:
+                self._fail("timeout")
+                return
+            except httpx.HTTPError as error:
+                self._fail(type(error).__name__)
+                return
+            if wait is None:
+                return
+            self.outcome.refused += 1
+            await asyncio.sleep(wait)
+        self._fail("refused")
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def _fail(self, kind: str) -> None:
+        self.outcome.errors[kind] += 1
+
+    async def _once(self) -> float | None:
+        """Ask and listen; the seconds to wait before asking again, None when it is over."""
+        body = {
+            "prompt": self.prompt,
+            "max_tokens": self.served.output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_experts": True,  # an event for every token, also for one whose text is held back
+        }
+        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code == 429:
+                return float(answer.headers.get("Retry-After", 1))
+            if answer.status_code != 200:
+                self._fail(f"status {answer.status_code}")
+                return None
+            async for line in answer.aiter_lines():
+                if line == "data: [DONE]":
+                    if self.served.done_output == self.served.output_tokens:
+                        self.served.end_s = self._now()
+                    else:
+                        self._fail("too few tokens")
+                    return None
+                if line.startswith("data: "):
+                    self._hear(json.loads(line[6:]))
+        self._fail("stream cut")
+        return None
+
+    def _hear(self, chunk: Mapping[str, Any]) -> None:
+        if "error" in chunk:
+            self._fail("error event")
+        tokens = len(chunk.get("moesaic", {}).get("experts", ()))
+        if tokens and self.served.first_s < 0:
+            self.served.first_s = self._now()
+        self.served.done_output += tokens
+
+
+COUNTERS = ("steps", "uses", "use_hits", "loads", "evictions", "demand_bytes", "prefetch_bytes", "wasted_bytes")
+TIMES = ("busy_s", "stall_s", "overhead_s")
+
+
+def report(outcome: Outcome) -> dict[str, Any]:
+    """The numbers of `simulate.report` that a live server has; counters are what this replay added to them."""
+    grown = {name: outcome.after[name] - outcome.before[name] for name in (*COUNTERS, *TIMES)}
+    finished = [each for each in outcome.served if each.end_s >= 0]
+    run = Run(outcome.served)
+    tokens = sum(each.output_tokens for each in finished)
+    busy = grown["busy_s"] or 1e-12
+    return {
+        "requests": len(outcome.served),
+        "finished": len(finished),
+        "errors": dict(outcome.errors),
+        "refused": outcome.refused,
+        "stages": grown["steps"],
+        "hit_ratio": {"use": grown["use_hits"] / grown["uses"] if grown["uses"] else 1.0},
+        "moved_bytes": grown["demand_bytes"] + grown["prefetch_bytes"],
+        "wasted_bytes": grown["wasted_bytes"],
+        "stall_share": grown["stall_s"] / busy,
+        "overhead_share": grown["overhead_s"] / busy,
+        "experts_per_step": _mean_growth(outcome, "experts_per_step"),
+        "latency_s": latencies(run),
+        "throughput": {
+            "tokens_per_s": tokens / max(outcome.seconds, 1e-12),
+            "requests_per_s": len(finished) / max(outcome.seconds, 1e-12),
+        },
+        "seconds": outcome.seconds,
+    }
+
+
+def _mean_growth(outcome: Outcome, name: str) -> float:
+    before, after = outcome.before[name], outcome.after[name]
+    count = sum(after["counts"]) - sum(before["counts"])
+    return float((after["sum"] - before["sum"]) / count) if count else 0.0
