@@ -38,7 +38,7 @@ format: $(VENV)/.test ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test ## measure the printed numbers; TRACE=file.trace adds the policy lab's
+bench: $(VENV)/.test ## measure the printed numbers; TRACE=file.trace adds the policy lab's, LLAMA=folder llama.cpp
 	$(BIN)/python benchmarks/quality.py --out benchmarks/results/quality.json
 	$(BIN)/python benchmarks/quality.py --sweep recipes --seeds 1 --out benchmarks/results/recipes.json
 	$(BIN)/python benchmarks/quality.py --sweep rates --seeds 1 --out benchmarks/results/rates.json
@@ -47,6 +47,7 @@ bench: $(VENV)/.test ## measure the printed numbers; TRACE=file.trace adds the p
 	$(BIN)/python benchmarks/routing_overhead.py --out benchmarks/results/routing_overhead.json
 	$(BIN)/python benchmarks/pregate_distillation.py --out benchmarks/results/pregate_distillation.json
 	$(BIN)/python benchmarks/route_predictor.py --out benchmarks/results/route_predictor.json
+	$(BIN)/python benchmarks/serving_throughput.py $(if $(LLAMA),--llama $(LLAMA)) --out benchmarks/results/serving_throughput.json
 	$(BIN)/python benchmarks/affinity.py --seeds 2 --limit 20 --out benchmarks/results/affinity.json
 	$(if $(TRACE),$(BIN)/python benchmarks/policy_lab.py --trace $(TRACE) --out benchmarks/results/policy_lab.json)
 

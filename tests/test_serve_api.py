@@ -1,6 +1,8 @@
 """The API as its users meet it: the official client, raw sockets, many streams at once, and readers of the schema."""
 
+import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,8 +25,13 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 import serving  # noqa: E402
-from moesaic.serve.api.app import ApiOptions, create_app  # noqa: E402
+from moesaic.errors import MoesaicError  # noqa: E402
+from moesaic.serve.api.answers import Writer  # noqa: E402
+from moesaic.serve.api.app import ApiOptions, Job, create_app  # noqa: E402
+from moesaic.serve.api.calls import Calls, Happened  # noqa: E402
+from moesaic.serve.api.server import JsonLines  # noqa: E402
 from moesaic.serve.engine import Engine  # noqa: E402
+from moesaic.serve.request import Finished  # noqa: E402
 
 TEXT = "hello world"
 
@@ -117,6 +124,28 @@ def test_streams_say_the_same_as_whole_answers(client: Any, engine: Engine, chat
     assert choices[-1].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_usage_of_streams_counts_each_prompt_once(live: Live, engine: Engine) -> None:
+    """Also where choices of one prompt end between those of another."""
+    job = Job(Calls(engine, [[5] * 3, [5] * 7], 2), Writer(engine.name, chat=False), [[], []], ["", ""], True)
+
+    async def counts() -> dict[str, Any]:
+        job.calls._numbers = [0] * 4
+        for choice, prompt in ((0, 3), (2, 7), (1, 3), (3, 7)):
+            job.calls._events.put_nowait(Happened(choice, Finished("length", "", prompt, 1)))
+        lines = [line async for line in job.lines()]
+        return dict(json.loads(lines[-2].removeprefix("data: "))["usage"])
+
+    assert asyncio.run(counts())["prompt_tokens"] == 3 + 7
+
+
+def test_offsets_of_streams_go_on(client: Any, engine: Engine) -> None:
+    options = {"model": engine.name, "prompt": TEXT, "max_tokens": 5, "temperature": 0, "logprobs": 0}
+    whole = client.completions.create(**options).choices[0].logprobs.text_offset
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    assert [at for said in chunks if said for at in said.text_offset] == whole
+    assert len(set(whole)) > 1
 
 
 def test_many_streams_at_once_are_each_their_own(client: Any, engine: Engine, folder: Path) -> None:
@@ -224,6 +253,7 @@ REFUSED = {
     b'{"prompt": [-1]}': "token -1",
     b'{"prompt": [-1], "echo": true}': "token -1",
     b'{"prompt": "\\ud800"}': "surrogate",
+    b'{"prompt": "a", "echo": true, "logprobs": 1}': "echo has no log-probabilities",
     b'{"prompt": "a", "n": 500}': "n: ",
     b'{"prompt": "a", "stop": ["a", ""]}': "empty stop string",
     b'{"prompt": "a", "logit_bias": {"x": 1}}': "expected token ids",
@@ -280,6 +310,12 @@ def test_keys_and_rates(engine: Engine) -> None:
         assert httpx.get(live.url + "/").status_code == 200
         assert httpx.get(live.url + "/v1/moesaic/state").status_code == 401
         assert httpx.get(live.url + "/metrics").status_code == 401
+
+
+@pytest.mark.parametrize("key", ["", " ", " a", "schl\u00fcssel"])
+def test_keys_that_nobody_or_everybody_has_are_refused(key: str) -> None:
+    with pytest.raises(MoesaicError, match="API key"):
+        ApiOptions(keys=("good", key))
 
 
 def test_full_queue_is_429(folder: Path) -> None:
@@ -378,6 +414,13 @@ def test_start_up_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         taken.listen()
         assert "cannot listen on 127.0.0.1" in failing(str(folder), "--port", str(taken.getsockname()[1]))
     assert "did you mean 'adaptive'" in failing(str(folder), "--port", "0", "--batcher", "adaptiv")
+
+
+def test_access_logs_have_fields() -> None:
+    arguments = ("127.0.0.1:5", "GET", "/health", "1.1", 200)
+    record = logging.LogRecord("uvicorn.access", 20, "", 0, '%s - "%s %s HTTP/%s" %d', arguments, None)
+    line = json.loads(JsonLines().format(record))
+    assert (line["method"], line["path"], line["status"]) == ("GET", "/health", 200)
 
 
 # -- the published schema ---------------------------------------------------------------------------------------------

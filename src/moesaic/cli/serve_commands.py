@@ -50,7 +50,8 @@ def serve(
     from moesaic.serve.engine import Engine
     from moesaic.serve.options import EngineOptions
 
-    keys = tuple(api_key or [key for key in os.environ.get(KEYS, "").split(",") if key])
+    named = api_key or [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    api = ApiOptions(tuple(named), per_minute)
     options = EngineOptions(
         memory=memory,
         experts=_share(experts),
@@ -72,7 +73,7 @@ def serve(
     log_json()
     where = f"http://{host}:{listening.getsockname()[1]}"
     typer.echo(f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)", err=True)
-    serve(engine, create_app(engine, ApiOptions(keys, per_minute)), listening, ServerOptions(host, port, drain))
+    serve(engine, create_app(engine, api), listening, ServerOptions(host, port, drain))
 
 
 def _share(value: str | None) -> str | float | None:

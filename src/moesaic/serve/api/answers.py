@@ -19,6 +19,7 @@ class Writer:
     experts: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:24])
     created: int = field(default_factory=lambda: int(time.time()))
+    _at: dict[int, int] = field(default_factory=dict)  # by choice: characters of the tokens reported so far
 
     def head(self, chunk: bool) -> dict[str, Any]:
         """What every object begins with."""
@@ -44,7 +45,7 @@ class Writer:
         return {**self.head(chunk=False), "choices": choices, "usage": usage([r.end for r in results], each)}
 
     def _choice(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "logprobs": self.logprobs(tokens), "finish_reason": reason}
+        choice: dict[str, Any] = {"index": index, "logprobs": self.logprobs(index, tokens), "finish_reason": reason}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -56,7 +57,7 @@ class Writer:
         self, index: int, text: str | None, token: Token | None = None, end: Finished | None = None, role: bool = False
     ) -> dict[str, Any]:
         """A piece of one choice; `end` closes it."""
-        choice: dict[str, Any] = {"index": index, "logprobs": self.logprobs([token] if token else [])}
+        choice: dict[str, Any] = {"index": index, "logprobs": self.logprobs(index, [token] if token else [])}
         choice["finish_reason"] = _reason(end) if end else None
         if self.chat:
             choice["delta"] = {"role": "assistant"} if role else {}
@@ -77,17 +78,17 @@ class Writer:
         return out
 
     # -- log-probabilities ----------------------------------------------------------------------------------------
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Of tokens that have them; None where none were asked for."""
         known = [token for token in tokens if token.logprob is not None]
         if not known:
             return None
         if self.chat:
             return {"content": [_entry(token) for token in known], "refusal": None}
-        offsets, at = [], 0
+        offsets = []
         for token in known:
-            offsets.append(at)
-            at += len(token.piece)
+            offsets.append(self._at.get(index, 0))
+            self._at[index] = offsets[-1] + len(token.piece)
         return {
             "tokens": [token.piece for token in known],
             "token_logprobs": [token.logprob for token in known],

@@ -1,5 +1,6 @@
 """The HTTP face of an engine: OpenAI's endpoints, probes, metrics, state, and the dashboard."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -45,12 +46,18 @@ class ApiOptions:
     """keys: who may ask; none = everybody. per_minute: requests a key may make; 0 = any number.
 
     most_bytes: of a body. most_output: tokens of a request that names no number; None = what the context leaves.
+
+    Raises MoesaicError for keys that open the server to everybody, or to nobody.
     """
 
     keys: tuple[str, ...] = ()
     per_minute: int = 0
     most_bytes: int = 4 * 2**20
     most_output: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(not key or key != key.strip() or not key.isascii() for key in self.keys):
+            raise MoesaicError("an API key is empty, has spaces around it or is not ASCII: no client could send it")
 
 
 class Stream(StreamingResponse):
@@ -80,7 +87,7 @@ class Job:
 
     async def lines(self) -> AsyncIterator[str]:
         """The stream; an error of one choice ends it with an error event."""
-        ends: list[Finished] = []
+        ends: dict[int, Finished] = {}  # by choice: they end in any order
         yield ": queued\n\n"  # a comment, so that the client has its headers before its first token
         async with aclosing(self.calls.events()) as events:  # type: ignore[type-var]
             async for index, event in events:
@@ -94,12 +101,13 @@ class Job:
                     yield _line(errors.body(500, event.message or "the request was cancelled"))
                     return
                 else:
-                    ends.append(event)
+                    ends[index] = event
                     if event.text:
                         yield _line(self.writer.chunk(index, event.text))
                     yield _line(self.writer.chunk(index, None, end=event))
         if self.include_usage:
-            yield _line({**self.writer.head(chunk=True), "choices": [], "usage": usage(ends, self.calls.n)})
+            counts = usage([ends[index] for index in sorted(ends)], self.calls.n)
+            yield _line({**self.writer.head(chunk=True), "choices": [], "usage": counts})
         yield "data: [DONE]\n\n"
 
     async def whole(self, request: Request) -> Response:
@@ -135,18 +143,23 @@ class Service:
             self.check_model(body.model)
         except MissingModelError as error:
             return errors.answer(404, str(error), "model", "model_not_found")
-        job = await run_in_threadpool(self._prepared, body)
-        room = self.engine.context - max(map(len, job.calls.prompts))
-        if self.options.most_output is not None:
-            room = min(room, self.options.most_output)
-        names = self.engine.expert_names
-        job.calls.submit(body.generation(room, names, len(names)))
+        job = await run_in_threadpool(self._submitted, body, asyncio.get_running_loop())
         if body.stream:
             return Stream(job.calls, job.lines())
         return await job.whole(request)
 
+    def _submitted(self, body: Completion | Chat, loop: asyncio.AbstractEventLoop) -> Job:
+        """On a thread: long texts and grammars must not stop the others."""
+        job = self._prepared(body)
+        room = self.engine.context - max(map(len, job.calls.prompts))
+        if self.options.most_output is not None:
+            room = min(room, self.options.most_output)
+        names = self.engine.expert_names
+        job.calls.submit(body.generation(room, names, len(names)), loop)
+        return job
+
     def _prepared(self, body: Completion | Chat) -> Job:
-        """Texts to tokens, on a thread: long ones must not stop the others."""
+        """Texts to tokens."""
         tokenizer, engine = self.engine.tokenizer, self.engine
         if isinstance(body, Chat):
             ids = [prompts.of_chat(body, tokenizer)]

@@ -33,9 +33,9 @@ class Calls:
         self._events: asyncio.Queue[Happened] = asyncio.Queue()
         self._numbers: list[int] = []
 
-    def submit(self, generation: Generation) -> None:
-        """Queue all of them, or none: what is refused once is refused whole. Called on the event loop."""
-        self._loop = asyncio.get_running_loop()
+    def submit(self, generation: Generation, loop: asyncio.AbstractEventLoop) -> None:
+        """Queue all of them, or none: what is refused once is refused whole. From any thread; `loop` hears of them."""
+        self._loop = loop
         try:
             for index in range(len(self.prompts) * self.n):
                 own = generation

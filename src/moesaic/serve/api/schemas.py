@@ -156,6 +156,8 @@ class Completion(Options):
 
     def alternatives(self) -> int | None:
         """See Options."""
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo has no log-probabilities for the prompt: leave one of the two out", "logprobs")
         return self.logprobs
 
 
