@@ -90,6 +90,7 @@ class Needs:
 
     row_bytes: one token's keys in each layer, the pre-gate's after the backbone's; values take the same.
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
+    packs:     what packed copies of all experts take; worth having, never needed.
     """
 
     dense: int
@@ -97,6 +98,7 @@ class Needs:
     context_token: int
     row_bytes: tuple[int, ...]
     kernels: int
+    packs: int
     all_experts: int
     least_experts: int
     model_context: int | None
@@ -141,7 +143,7 @@ def plan(
     fixed = _fixed_experts(needs, experts)
     wanted = needs.all_experts if fixed is None else fixed
     least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
-    useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest)
+    useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest) + needs.packs
     budget = _budget(memory, useful)
     savings = _savings(files, config, dtype, needs, first)
     if budget < least:
@@ -255,6 +257,7 @@ def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_reque
         context_token=mask + gate_token,
         row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
         kernels=kernels,
+        packs=sum(layout.bytes[key] for keys in layout.entries.values() for key in keys) * (dtype == "bfloat16"),
         all_experts=layout.total_bytes,
         least_experts=least,
         model_context=_model_context(base),
