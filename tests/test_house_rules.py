@@ -32,6 +32,7 @@ def optional_packages() -> set[str]:
 
 
 OPTIONAL = optional_packages()
+BEHIND_EXTRA = ("serve/api/", "serve/replay.py")
 
 
 def functions(tree: ast.AST) -> Iterator[Function]:
@@ -105,6 +106,8 @@ def docstring(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def optional(path: str, tree: ast.Module) -> Iterator[str]:
+    if path.startswith(BEHIND_EXTRA):
+        return  # what imports these asks for the extra first
     for node in eager(tree.body):
         if isinstance(node, ast.Import | ast.ImportFrom):
             for line, name in imports(node):

@@ -40,20 +40,28 @@ def replay(
 
     Example: moesaic replay conv.trace --url http://127.0.0.1:8000 --model ./moe --prompts texts.jsonl --rate 2
     """
+    from moesaic.errors import MoesaicError
     from moesaic.files import atomic_write_json
     from moesaic.progress import set_quiet
     from moesaic.schedule.trace import Trace
     from moesaic.serve.extra import needed
+    from moesaic.simulate.system import read_system
 
     needed("httpx")
     from moesaic.serve.replay import Target, prompts_for, report
     from moesaic.serve.replay import replay as run
 
     set_quiet(as_json)
+    if not rate > 0:
+        raise MoesaicError(f"--rate {rate}: expected a number above 0")
+    if system is not None:
+        read_system(system)  # an unknown one is found before the server is asked, not after
     own = Trace.load(trace)
     own = own if head is None else own.head(head)
     outcome = run(own, prompts_for(own, _texts(own, model, prompts)), Target(url, api_key, rate, timeout))
     result = report(outcome)
+    if out is not None:
+        atomic_write_json(out, result)
     if system is not None:
         result["simulated"] = _simulated(own, system, rate)
     if out is not None:

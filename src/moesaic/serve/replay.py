@@ -78,7 +78,7 @@ async def _replay(trace: Trace, prompts: Sequence[Sequence[int]], target: Target
             for number, arrival in enumerate((trace.arrival_s / target.rate).tolist()):
                 served = Served(arrival, len(prompts[number]), outputs[number])
                 outcome.served.append(served)
-                own = _Request(client, outcome, served, begin, list(prompts[number]))
+                own = _Request(client, outcome, served, begin, list(prompts[number]), target.timeout_s)
                 tasks.append(asyncio.create_task(own.run()))
                 tasks[-1].add_done_callback(lambda _: progress.advance(1))
             await asyncio.gather(*tasks)
@@ -109,17 +109,19 @@ class _Request:
     served: Served
     begin: float
     prompt: list[int]
+    timeout_s: float
 
     async def run(self) -> None:
         await asyncio.sleep(max(self.served.arrival_s - self._now(), 0))
         self.served.start_s = self._now()
         for _ in range(RETRIES):
             try:
-                wait = await self._once()
-            except httpx.TimeoutException:
+                async with asyncio.timeout(self.timeout_s):
+                    wait = await self._once()
+            except (httpx.TimeoutException, TimeoutError):
                 self._fail("timeout")
                 return
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, ValueError) as error:  # no JSON, no number of seconds
                 self._fail(type(error).__name__)
                 return
             if wait is None:
@@ -145,7 +147,7 @@ class _Request:
             "return_experts": True,  # an event for every token, also for one whose text is held back
         }
         async with self.client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code == 429:
+            if answer.status_code == 429:  # as the server counts, in seconds
                 return float(answer.headers.get("Retry-After", 1))
             if answer.status_code != 200:
                 self._fail(f"status {answer.status_code}")
@@ -182,6 +184,7 @@ def report(outcome: Outcome) -> dict[str, Any]:
     run = Run(outcome.served)
     tokens = sum(each.output_tokens for each in finished)
     busy = grown["busy_s"] or 1e-12
+    span = max(outcome.seconds - min((each.arrival_s for each in outcome.served), default=0.0), 1e-12)
     return {
         "requests": len(outcome.served),
         "finished": len(finished),
@@ -196,8 +199,8 @@ def report(outcome: Outcome) -> dict[str, Any]:
         "experts_per_step": _mean_growth(outcome, "experts_per_step"),
         "latency_s": latencies(run),
         "throughput": {
-            "tokens_per_s": tokens / max(outcome.seconds, 1e-12),
-            "requests_per_s": len(finished) / max(outcome.seconds, 1e-12),
+            "tokens_per_s": tokens / span,
+            "requests_per_s": len(finished) / span,
         },
         "seconds": outcome.seconds,
     }
