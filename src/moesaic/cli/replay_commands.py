@@ -62,16 +62,19 @@ def replay(
     result = report(outcome)
     if out is not None:
         atomic_write_json(out, result)
-    if system is not None:
+    whole = not outcome.interrupted and outcome.lost is None
+    if system is not None and whole:
         result["simulated"] = _simulated(own, system, rate)
     if out is not None:
         atomic_write_json(out, result)
     if as_json:
         typer.echo(json.dumps(result))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    Console().print(_table(result))
+        Console().print(_table(result))
+    if not whole:
+        raise typer.Exit(130 if outcome.interrupted else 1)
 
 
 def _texts(trace: Any, model: Path | None, prompts: Path | None) -> list[list[int]]:
@@ -121,6 +124,10 @@ def _table(result: dict[str, Any]) -> "Table":
         table.add_row(name, *cells)
     for kind, count in result["errors"].items():
         table.add_row(f"failed: {kind}", str(count))
+    if result["interrupted"]:
+        table.caption = f"interrupted after {result['sent']} requests were sent"
+    elif result["server_lost"]:
+        table.caption = result["server_lost"]
     if result["refused"]:
         table.add_row("429, tried again", str(result["refused"]))
     return table
@@ -133,6 +140,7 @@ ROWS = {
     "stall share": "stall_share",
     "overhead share": "overhead_share",
     "experts per step": "experts_per_step",
+    "sent late, most, s": "sent_late_s",
     "tokens/s": "throughput.tokens_per_s",
     "TTFT mean, s": "latency_s.ttft.mean",
     "TTFT p95, s": "latency_s.ttft.p95",
