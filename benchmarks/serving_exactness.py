@@ -105,7 +105,9 @@ def main() -> None:
     prompts = [piece for piece in pieces if piece][: args.count]
     wanted = generated(args.model, getattr(torch, args.dtype), prompts, args.tokens)
     rows = []
-    least = Engine(args.model, EngineOptions(dtype=args.dtype, memory=args.memory)).runner.machine.memory.least
+    probe = Engine(args.model, EngineOptions(dtype=args.dtype, memory=args.memory))
+    least = probe.runner.machine.memory.least
+    probe.close()
     for name, changes in SETTINGS.items():
         changes = {key: least if value == "least" else value for key, value in changes.items()}
         options = EngineOptions(**{"dtype": args.dtype, "memory": args.memory, "prefix_reuse": False, **changes})

@@ -51,7 +51,7 @@ def live(folder, options: EngineOptions) -> tuple[list[Demand], list[np.ndarray]
         while own.runner.busy:
             for request, _, reason, _ in own.runner.step():
                 if reason is not None:
-                    own.runner.end(request)
+                    own.runner.end(request, keep=True)
         capacity = own.runner.residency.pools[0].capacity
         return seen, [request.experts for request in requests], capacity
     finally:

@@ -59,8 +59,7 @@ def steady(x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tenso
     multiple of 4.
     """
     rows = len(x_NI)
-    least = 4 if x_NI.dtype == torch.float32 else 1
-    return F.linear(_filled(x_NI, max(bucket(rows), least)), weight_OI, bias)[:rows]
+    return F.linear(_filled(x_NI, bucket(rows)), weight_OI, bias)[:rows]
 
 
 def _filled(x_NI: Tensor, rows: int) -> Tensor:

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from moesaic.errors import MoesaicError
 from moesaic.serve.assemble import assemble
 from moesaic.serve.counters import Counters
+from moesaic.serve.intake import Intake
 from moesaic.serve.options import EngineOptions
 from moesaic.serve.request import (
     Deliver,
@@ -28,6 +30,7 @@ from moesaic.serve.request import (
     Routed,
     ShuttingDownError,
 )
+from moesaic.serve.runner import Runner
 from moesaic.serve.sequence import Sequence as Request
 from moesaic.serve.stats import Stats
 
@@ -43,12 +46,16 @@ class Engine:
     """
 
     def __init__(self, model: str | Path, options: EngineOptions | None = None) -> None:
-        options = options or EngineOptions()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        self.options = options
+        self.options = options or EngineOptions()
         self.counters = Counters()
-        self.runner, self.intake = assemble(Path(model), options, self.counters)
+        self._started = threading.Event()
+        self._closing = self._stop = False
+        loaded: Future[tuple[Runner, Intake]] = Future()
+        self._thread = threading.Thread(
+            target=self._life, args=(Path(model), loaded), name="moesaic-engine", daemon=True
+        )
+        self._thread.start()
+        self.runner, self.intake = loaded.result()
         self.name = Path(model).resolve().name
         self.tokenizer: Any = self.intake.tokenizer
         self.context = self.intake.context
@@ -58,21 +65,17 @@ class Engine:
         self._lock = threading.Lock()
         self._open: dict[int, Request] = {}  # every request that has not finished
         self._next = 0
-        self._closing = False
-        self._stop = False
-        self._thread: threading.Thread | None = None
 
     # -- for clients, from any thread -----------------------------------------------------------------------------
     def start(self) -> None:
-        """Start the engine's thread, and the store's."""
+        """Begin to run requests."""
         self.runner.machine.store.start()
-        self._thread = threading.Thread(target=self._loop, name="moesaic-engine", daemon=True)
-        self._thread.start()
+        self._started.set()
 
     @property
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        return self._thread is not None and not self._closing and self.failure is None
+        return self._started.is_set() and not self._closing and self.failure is None
 
     def submit(self, prompt_ids: Sequence[int], generation: Generation, deliver: Deliver) -> int:
         """Queue a request and return its number; `deliver` is called on the engine's thread for all that happens to it.
@@ -122,13 +125,28 @@ class Engine:
         """Cancel what runs, stop the threads, free the memory."""
         self._closing = self._stop = True
         self._commands.put(lambda: None)
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._started.set()
+        self._thread.join()
         self._end_all("cancelled", "the server shuts down")
         self.runner.machine.store.close()
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
+    def _life(self, model: Path, loaded: "Future[tuple[Runner, Intake]]") -> None:
+        """Load, wait for `start`, run.
+
+        In one thread, since OpenMP keeps a team of threads for each thread that computes: where their members outnumber
+        the cores, they sleep between operators instead of waiting, and products of few tokens take 1.5 times as long.
+        """
+        try:
+            if self.options.threads is not None:
+                torch.set_num_threads(self.options.threads)
+            loaded.set_result(assemble(model, self.options, self.counters))
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        self._started.wait()
+        self._loop()
+
     def _loop(self) -> None:
         try:
             while not self._stop:
@@ -181,7 +199,8 @@ class Engine:
             request = self._open.pop(number, None)
         if request is None:
             return
-        self.runner.end(request)
+        # what is not a number would reach requests that read over the end of their own keys; tokens prove there is none
+        self.runner.end(request, keep=reason != "error" and len(request.output) > 0)
         self.counters.ended(request, reason)
         rest, stop = ("", None) if request.text is None else (request.text.flush(), request.text.stopped)
         if reason not in ("stop", "length"):

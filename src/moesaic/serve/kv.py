@@ -88,6 +88,13 @@ class KVPool:
         keys, values = self._matrices[2 * layer : 2 * layer + 2]
         return keys[first : first + length].transpose(0, 1), values[first : first + length].transpose(0, 1)
 
+    def read_slots(self, layer: int, first: int, count: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` keys and values of `count` slots from `first` on, (count, H, length, D) views."""
+        keys, values = self._matrices[2 * layer : 2 * layer + 2]
+        shape = (-1, self.stride, *keys.shape[1:])
+        slots = slice(first, first + count)
+        return keys.view(shape)[slots, :length].transpose(1, 2), values.view(shape)[slots, :length].transpose(1, 2)
+
     def match(self, ids: Sequence[int]) -> tuple[int | None, int]:
         """The slot, running or not, with the longest beginning in common with `ids`, and its length."""
         best, length = None, 0

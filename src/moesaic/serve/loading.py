@@ -23,6 +23,7 @@ from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.models.routes import Current, RoutedFFN
 from moesaic.serve import attention
 from moesaic.serve.kv import KVShape
+from moesaic.serve.layers import fuse_layers
 from moesaic.serve.model_files import ModelFiles, TensorPlace
 from moesaic.serve.norms import fuse_norms
 
@@ -93,6 +94,7 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
     model.backbone.set_attn_implementation(attention.NAME)
     if pack:
         fuse_norms(model.backbone)
+        fuse_layers(model.backbone)
     packed = pack_linears(model.backbone) if pack else 0
     if model.pregate is not None and pack:
         packed += pack_linears(model.pregate.layers)

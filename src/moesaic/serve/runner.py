@@ -86,8 +86,8 @@ class Runner:
             self._queue(request)
         self.counters.arrived(self._books_s - books)
 
-    def end(self, request: Request) -> None:
-        """It has finished or was cancelled: nothing of it stays but its prefix."""
+    def end(self, request: Request, keep: bool) -> None:
+        """It has finished or was cancelled: nothing of it stays but, with `keep`, its prefix."""
         if self.requests.pop(request.id, None) is None:
             return
         self._items.pop(request.id, None)
@@ -96,7 +96,7 @@ class Runner:
         with self.machine.store.lock() as residency:
             residency.forget(request.id)
         if request.slot is not None:
-            self.pool.free(request.slot, request.done, keep=self.options.prefix_reuse)
+            self.pool.free(request.slot, request.done, keep and self.options.prefix_reuse)
             request.slot = None
             self._balance()
 
