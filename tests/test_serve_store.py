@@ -162,6 +162,18 @@ def test_damaged_weights_fail_one_request_alone(folder):
     assert any("not finite" in end.message for end in ends)
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_keys_that_are_not_finite_leave_with_their_request(folder, reuse):
+    """Requests read, under a mask, beyond their own keys: nothing of an earlier tenant may be there."""
+    with engine(folder, max_requests=1, prefix_reuse=reuse) as own:
+        write = own.runner.pool.write
+        own.runner.pool.write = lambda layer, at, keys, values: write(layer, at, keys * float("nan"), values)
+        long, short = list(range(3, 43)), list(range(3, 8))
+        assert ask(own, long, greedy(5)).wait().end.reason == "error"
+        own.runner.pool.write = write
+        assert ask(own, short, greedy(20)).wait().ids == alone(reference(folder), short, 20)
+
+
 def test_budget_is_kept_under_load(folder):
     with engine(folder, experts=0.45, prefix_reuse=False) as own:
         heard = [ask(own, prompt, greedy(20)) for prompt in prompts(20, seed=4)]
