@@ -320,6 +320,12 @@ def test_sizes_that_are_none(value: Any) -> None:
         size(value, 100)
 
 
+@pytest.mark.parametrize("value", ["1e400", "1e308GiB", "1e400GB/s", float("inf"), float("nan")])
+def test_sizes_are_finite(value: Any) -> None:
+    with pytest.raises(MoesaicError, match="expected bytes such as 8GiB"):
+        size(value)
+
+
 def test_sizes() -> None:
     assert [size(v, 1000) for v in (0.5, 1, 1.0, "8KiB", "2e3", 2000, "25GB/s")] == [
         500,

@@ -4,6 +4,7 @@
 written in bytes, as 8GiB, or as a share of all entries; times in seconds.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -211,6 +212,8 @@ def size(value: float | str, whole: int | None = None) -> int:
         number = -1.0
     if whole is not None and 0 < number <= 1:
         return -int(-number * whole // 1)
+    if number == math.inf:
+        raise MoesaicError(f"size {value!r} is infinite: expected bytes such as 8GiB")
     if number < 1:
         share = ", or a share above 0 and up to 1" if whole is not None else ""
         raise MoesaicError(f"size {value!r}: expected bytes such as 8GiB, 500MB or 8e9{share}")
