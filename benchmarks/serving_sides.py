@@ -1,8 +1,10 @@
 """The sides of `serving_throughput.py`, each called with (prompts, steps), and how fast they decode."""
 
+import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import shlex
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Qwen3MoeForCausalLM
 
 from moesaic.errors import MoesaicError
 from moesaic.serve.engine import Engine
@@ -79,11 +81,58 @@ def distinct_by_layer(model: Qwen3MoeForCausalLM, texts: list[list[int]], first:
     return distinct(torch.stack(rows), model.config.num_experts)
 
 
-class Generate:
-    """transformers' generate on one batch, experts by its grouped matrix product."""
+class Apart:
+    """A side in a process of its own: OpenMP's threads of one would slow down those of the others."""
 
-    def __init__(self, model: Qwen3MoeForCausalLM) -> None:
-        self.model = model
+    def __init__(self, make: Callable[[], Side], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_answer, args=(theirs, make, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __call__(self, prompts: list[list[int]], steps: int) -> Decode:
+        self._pipe.send((prompts, steps))
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise MoesaicError("the process of a side ended: see its messages above") from None
+        if isinstance(answer, MoesaicError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(ConnectionError):  # it has ended already
+            self._pipe.send(None)
+        self._process.join()
+
+
+def _answer(pipe: Any, make: Callable[[], Side], threads: int) -> None:
+    torch.set_num_threads(threads)
+    side = make()
+    try:
+        while (call := pipe.recv()) is not None:
+            try:
+                pipe.send(side(*call))
+            except MoesaicError as error:
+                pipe.send(error)
+    except EOFError:  # whoever asked has ended
+        pass
+
+
+def load_peer(folder: Path) -> Qwen3MoeForCausalLM:
+    """The peers' model, experts by its grouped matrix product."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model.set_experts_implementation("grouped_mm")
+    model.generation_config = GenerationConfig()
+    return model
+
+
+class Generate:
+    """transformers' generate on one batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = load_peer(folder)
 
     def __call__(self, prompts: list[list[int]], steps: int) -> Decode:
         ids = torch.tensor(prompts)
@@ -114,8 +163,8 @@ class ContinuousBatching:
     requests get as many tokens more as the first may be ahead of the last.
     """
 
-    def __init__(self, model: Qwen3MoeForCausalLM) -> None:
-        self.model = model
+    def __init__(self, folder: Path) -> None:
+        self.model = load_peer(folder)
 
     def __call__(self, prompts: list[list[int]], steps: int) -> Decode:
         ahead = -(-len(prompts) * len(prompts[0]) // (CB_TOKENS - len(prompts))) + 1
@@ -151,24 +200,25 @@ class Llama:
     def __call__(self, prompts: list[list[int]], steps: int) -> Decode:
         batch, context = len(prompts), len(prompts[0])
         room = batch * -(-(context + steps) // 256) * 256
-        shape = {"-c": room, "-npp": context, "-ntg": steps, "-npl": batch}
+        # its log may lose what was written shortly before the end: something else comes last
+        shape = {"-c": room, "-npp": context, "-ntg": steps, "-npl": f"{batch},1"}
         command = [*self.command, *(str(word) for pair in shape.items() for word in pair)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise MoesaicError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-        return Decode(llama_rate(done.stdout))
+        return Decode(llama_rate(done.stdout, batch))
 
 
-def llama_rate(output: str) -> float:
-    """Decoded tokens/s from the one JSON line of llama-batched-bench."""
+def llama_rate(output: str, batch: int) -> float:
+    """Decoded tokens/s from the first JSON line of llama-batched-bench, which is about `batch` sequences."""
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    if len(rows) != 1:
-        raise MoesaicError(f"llama-batched-bench gave {len(rows)} results, expected one")
+    if not rows or rows[0]["pl"] != batch:
+        raise MoesaicError(f"llama-batched-bench gave no result for {batch} sequence(s)")
     return rows[0]["pl"] * rows[0]["tg"] / rows[0]["t_tg"]
 
 
 class Ours:
-    """The engine in this process, every expert resident; requests go in together and are cancelled at the end."""
+    """The engine, every expert resident; requests go in together and are cancelled at the end."""
 
     def __init__(self, folder: Path, requests: int, threads: int) -> None:
         options = EngineOptions(
@@ -191,9 +241,6 @@ class Ours:
         windows = decode_window(watch.stamps, steps)
         experts = [row[first:last] for row, (first, last) in zip(watch.experts, windows, strict=True)]
         return Decode(decode_rate(watch.stamps, steps), distinct(torch.tensor(experts), len(self.engine.expert_names)))
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 class Watch:

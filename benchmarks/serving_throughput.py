@@ -8,7 +8,8 @@ many channels, behind a pre-gate. Both are made on the first run and kept in `--
 
 Every request gets random prompt tokens and goes on greedily, with no end of sequence; llama-batched-bench alone feeds
 random tokens at every step. Timed are the first `--steps` steps in which all requests of a cell decode. Ours routes and
-turns tokens into text on the way, the peers do not. The sides take turns, a cell at a time, and swap who goes first.
+turns tokens into text on the way, the peers do not. The sides take turns, a cell at a time, each in a process of its
+own, and swap who goes first.
 
 A layer-wise router and a pre-gate spread tokens differently, which decides how many experts a step reads: that count
 stands beside every speed, and "of floor" is the least time a side's own bytes take at the measured bandwidth over its
@@ -23,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from serving_models import Cell, Size, make, step_bytes, write_gguf, write_ours, write_peer
-from serving_sides import ContinuousBatching, Decode, Generate, Llama, Ours, Side, distinct_by_layer, llama_parts
+from serving_sides import (
+    Apart,
+    ContinuousBatching,
+    Decode,
+    Generate,
+    Llama,
+    Ours,
+    Side,
+    distinct_by_layer,
+    llama_parts,
+    load_peer,
+)
 from speed import commit
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from moesaic.errors import MoesaicError
 from moesaic.files import atomic_write_json
@@ -58,17 +71,16 @@ class Peers:
 def assemble(args: argparse.Namespace, size: Size, cells: Sequence[Cell]) -> Peers:
     work = args.work / str(size)
     peer = make(work / "qwen3moe", lambda path: write_peer(size, path))
-    model = AutoModelForCausalLM.from_pretrained(peer, dtype=torch.bfloat16).eval()
-    model.set_experts_implementation("grouped_mm")
-    model.generation_config = GenerationConfig()
+    model = load_peer(peer)
     peers = Peers(model, {}, [])
     if OURS in args.sides:
         ours = make(work / "moesaic", lambda path: write_ours(size, path))
-        peers.sides[OURS] = Ours(ours, max(cell.batch for cell in cells), args.threads)
+        requests = max(cell.batch for cell in cells)
+        peers.sides[OURS] = Apart(partial(Ours, ours, requests, args.threads), args.threads)
     if "generate" in args.sides:
-        peers.sides["generate"] = Generate(model)
+        peers.sides["generate"] = Apart(partial(Generate, peer), args.threads)
     if "continuous" in args.sides:
-        peers.sides["continuous"] = ContinuousBatching(model)
+        peers.sides["continuous"] = Apart(partial(ContinuousBatching, peer), args.threads)
     if "llama.cpp" in args.sides and args.llama is None:
         peers.missing.append("llama.cpp is left out: --llama does not say where it is")
     elif "llama.cpp" in args.sides:
@@ -206,8 +218,9 @@ def main() -> None:
         console.print(table)
     if args.out:
         atomic_write_json(args.out, record)
-    if OURS in peers.sides:
-        peers.sides[OURS].close()
+    for side in peers.sides.values():
+        if isinstance(side, Apart):
+            side.close()
 
 
 if __name__ == "__main__":

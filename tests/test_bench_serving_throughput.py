@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +31,15 @@ def bench() -> Any:
 
 
 @pytest.fixture(scope="module")
-def peer(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serving") / "peer"
     bench.write_peer(bench.Size(**SIZE), folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peer(bench: Any, folder: Path) -> Any:
+    return bench.load_peer(folder)
 
 
 def test_window_begins_when_all_have_begun(bench: Any) -> None:
@@ -85,11 +91,12 @@ def test_step_bytes(bench: Any, peer: Any) -> None:
     assert bench.step_bytes(size, cell, steps, SIZE["experts"], pregate=True) == whole - 2 * routers + 4 * gate
 
 
-def test_transformers_sides_decode_alike(bench: Any, peer: Any) -> None:
+def test_transformers_sides_decode_alike(bench: Any, folder: Path) -> None:
     prompts = bench.Cell(3, 8).prompts(SIZE["vocabulary"], 1)
-    peer.float()
-    one, two = bench.Generate(peer)(prompts, 4), bench.ContinuousBatching(peer)(prompts, 4)
-    peer.bfloat16()
+    sides = bench.Generate(folder), bench.ContinuousBatching(folder)
+    for side in sides:
+        side.model.float()
+    one, two = (side(prompts, 4) for side in sides)
     assert [len(text) for text in one.texts] == [8 + 5] * 3
     assert [text[:13] for text in two.texts] == one.texts
     assert one.tokens_per_s > 0 and two.tokens_per_s > 0
@@ -112,14 +119,27 @@ def test_our_model_is_of_the_same_size_and_is_served(bench: Any, tmp_path: Path)
         decode = side(bench.Cell(3, 8).prompts(size.vocabulary, 0), 4)
         assert decode.tokens_per_s > 0 and 1 <= decode.experts <= 3
     finally:
-        side.close()
+        side.engine.close()
+
+
+def test_a_side_apart_answers_and_fails_like_one_here(bench: Any, folder: Path) -> None:
+    prompts = bench.Cell(2, 4).prompts(SIZE["vocabulary"], 1)
+    apart = bench.Apart(partial(bench.Generate, folder), threads=1)
+    try:
+        assert apart(prompts, 3).texts == bench.Generate(folder)(prompts, 3).texts
+        with pytest.raises(MoesaicError, match="process of a side ended"):
+            apart(prompts, 0)
+    finally:
+        apart.close()
 
 
 def test_llama_output(bench: Any) -> None:
     line = '{"pp": 16, "tg": 32, "pl": 8, "t_pp": 9.0, "t_tg": 2.0, "speed_tg": 1.0}'
-    assert bench.llama_rate(f"\nload: noise\n{line}\n\n") == 128
-    with pytest.raises(MoesaicError, match="0 results"):
-        bench.llama_rate("error")
+    assert bench.llama_rate(f"\nload: noise\n{line}\n\n", 8) == 128
+    with pytest.raises(MoesaicError, match="no result"):
+        bench.llama_rate("error", 8)
+    with pytest.raises(MoesaicError, match="no result for 1 "):
+        bench.llama_rate(line, 1)
     with pytest.raises(MoesaicError, match="build llama"):
         bench.llama_parts(Path("nowhere"))
 

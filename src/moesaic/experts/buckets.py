@@ -1,13 +1,16 @@
 """How many rows a product is filled up to: few numbers, since each of them costs the CPU's library a kernel."""
 
+LEAST = 6  # rows of a packed product: no more take longer than one does (benchmarks/small_products.py)
 
-def bucket(rows: int) -> int:
-    """The number of rows that `rows` are filled up to.
+
+def bucket(rows: int, least: int = LEAST) -> int:
+    """The number of rows that `rows` are filled up to, `least` or more.
 
     oneDNN compiles and keeps a kernel, of about a megabyte, for every number of rows and shape of weights it meets.
-    Four rows take no longer than one: packed products are up to 1.3 times as fast (benchmarks/ffn_paths.py).
     """
-    for most, step in ((16, 4), (64, 8), (256, 32)):
+    if rows <= least:
+        return least
+    for most, step in ((2, 1), (16, 4), (64, 8), (256, 32)):
         if rows <= most:
             return -(-rows // step) * step
     return -(-rows // 64) * 64

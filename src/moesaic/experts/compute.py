@@ -5,6 +5,8 @@ masked    one pass over all stored channels, activations multiplied by the token
 grouped   tokens sorted by expert; each expert computes its own runs only. Less arithmetic, more kernel calls.
 packed    as grouped, on a contiguous copy of the expert. For small experts, where kernel calls cost more than bytes.
 
+On a GPU with triton, inference takes the kernels of `triton_blocks.py` instead.
+
 Shapes: N tokens, W stored channels, D model width, E experts.
 """
 
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moesaic.experts import triton_blocks
 
 if TYPE_CHECKING:
     from moesaic.experts.channel_blocks import ChannelBlocks
@@ -32,6 +36,7 @@ class TokenGroups:
 
     def __init__(self, expert_N: Tensor) -> None:
         self.expert_N = expert_N
+        self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
     def counts(self) -> list[int]:
@@ -50,6 +55,18 @@ class TokenGroups:
         """(N,) token numbers sorted by expert."""
         return self.expert_N.argsort(stable=True)
 
+    def tiles(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sorted tokens in tiles of up to `rows`, one expert each: expert, first and last row (exclusive), int32."""
+        if rows not in self._tiles:
+            found, start = [], 0
+            for expert, count in enumerate(self.counts):
+                stop = start + count
+                found += [(expert, first, min(first + rows, stop)) for first in range(start, stop, rows)]
+                start = stop
+            expert_T, start_T, stop_T = torch.tensor(found, dtype=torch.int32).T.contiguous().to(self.expert_N.device)
+            self._tiles[rows] = expert_T, start_T, stop_T
+        return self._tiles[rows]
+
 
 Path = Callable[["ChannelBlocks", Tensor, TokenGroups], Tensor]
 
@@ -58,6 +75,9 @@ def choose(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     """The path for these tokens: correctness never depends on it, only time does."""
     if torch.is_grad_enabled():
         return grouped_autograd if blocks.untied else masked
+    if triton_blocks.suits(blocks):
+        few = len(groups.expert_N) <= triton_blocks.DECODE_TOKENS
+        return triton_blocks.masked_decode if few else triton_blocks.grouped_prefill
     used, small = groups.used, blocks.expert_bytes <= COPY_LIMIT
     worth_sorting = len(groups.expert_N) >= (SMALL_GROUP_TOKENS if small else GROUP_TOKENS) * len(used)
     if len(used) > 1 and not worth_sorting and not blocks.untied:

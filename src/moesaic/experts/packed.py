@@ -59,7 +59,8 @@ def steady(x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tenso
     multiple of 4.
     """
     rows = len(x_NI)
-    return F.linear(_filled(x_NI, bucket(rows)), weight_OI, bias)[:rows]
+    least = 4 if x_NI.dtype == torch.float32 else 1
+    return F.linear(_filled(x_NI, bucket(rows, least)), weight_OI, bias)[:rows]
 
 
 def _filled(x_NI: Tensor, rows: int) -> Tensor:
