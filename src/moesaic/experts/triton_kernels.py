@@ -1,0 +1,223 @@
+"""The Triton kernels of channel blocks, as plain functions until `kernels()` compiles them: triton is an extra.
+
+Sums are float32 and run in one fixed order; nothing is added atomically, so results repeat bit for bit.
+Shapes: N tokens, D model width, W stored channels, C channels of a tile. Every weight row is one channel, D numbers in
+a row, so gathering an expert's channels costs no more than reading a contiguous run of them.
+"""
+
+# Kernels are read by triton's compiler, which knows arrays and `tl` only: no types, no checks, no early exits.
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moesaic.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared")
+
+
+class Tiling(NamedTuple):
+    """What a kernel is compiled for."""
+
+    width: int  # D
+    tokens: int  # rows of a tile, a power of two of at least 16, as the other tile sizes
+    channels: int  # C
+    step: int  # numbers of D that one product of gate and up takes
+    columns: int  # of D that one program of the down projection computes
+    activation: str  # one of ACTIVATIONS
+    widen: bool  # the interpreter multiplies no bfloat16
+
+
+@cache
+def kernels() -> dict[str, Any]:
+    """The kernels by name, to be launched as `kernels()[name][grid](...)`; they compile on their first launch.
+
+    Raises MissingExtraError if triton is not installed.
+    """
+    try:
+        import triton
+        import triton.language
+    except ImportError as error:
+        raise MissingExtraError("triton", "gpu") from error
+    here = globals()
+    here["tl"] = triton.language  # kernels look names up among the globals of their module
+    for helper in (_product, _activated, _hidden):
+        here[helper.__name__] = triton.jit(helper)
+    launched = (decode_hidden, decode_down, decode_sum, prefill_hidden, prefill_down)
+    return {kernel.__name__: triton.jit(kernel) for kernel in launched}
+
+
+def _product(a, b, total, TILING: tl.constexpr):
+    """The sum `total` and one product more."""
+    if TILING.widen:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+def _activated(z, KIND: tl.constexpr):
+    if KIND == "silu":
+        z = z * tl.sigmoid(z)
+    elif KIND == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # 1 + tanh(v) = 2 sigmoid(2 v)
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif KIND == "quick_gelu":
+        z = z * tl.sigmoid(1.702 * z)
+    elif KIND == "relu":
+        z = tl.maximum(z, 0.0)
+    else:
+        tl.static_assert(KIND == "relu_squared")
+        z = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+    return z
+
+
+def _hidden(x, ffn, token_N, real_N, channel_C, real_C, TILING: tl.constexpr):
+    """(N, C) float32: act(gate x) * up x of these tokens and channels, or act(up x) without a gate."""
+    WIDTH: tl.constexpr = TILING.width
+    STEP: tl.constexpr = TILING.step
+    CHANNELS: tl.constexpr = TILING.channels
+    TOKENS: tl.constexpr = TILING.tokens
+    gate, up, gate_bias, up_bias = ffn
+    gate_NC = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+    up_NC = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+    x_N = token_N.to(tl.int64)[:, None] * WIDTH
+    row_C = channel_C.to(tl.int64)[None, :] * WIDTH
+    for first in range(0, WIDTH, STEP):
+        column = first + tl.arange(0, STEP)
+        inside = column < WIDTH
+        here_ND = real_N[:, None] & inside[None, :]
+        here_DC = inside[:, None] & real_C[None, :]
+        x_ND = tl.load(x + x_N + column[None, :], mask=here_ND, other=0.0)
+        up_DC = tl.load(up + row_C + column[:, None], mask=here_DC, other=0.0)
+        up_NC = _product(x_ND, up_DC, up_NC, TILING)
+        if gate is not None:
+            gate_DC = tl.load(gate + row_C + column[:, None], mask=here_DC, other=0.0)
+            gate_NC = _product(x_ND, gate_DC, gate_NC, TILING)
+    if up_bias is not None:
+        up_NC += tl.load(up_bias + channel_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
+    if gate_bias is not None:
+        gate_NC += tl.load(gate_bias + channel_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
+    return _activated(up_NC, TILING.activation) if gate is None else _activated(gate_NC, TILING.activation) * up_NC
+
+
+def decode_hidden(x, ffn, mask, expert, hidden, live, N, W, TILING: tl.constexpr):
+    """Hidden activations (N, W) of all tokens, one program a tile of channels, read only if a token's expert owns some.
+
+    mask: (E, W) uint8. live: (tiles,) int32, whether the tile was computed; else its activations are not written.
+    """
+    CHANNELS: tl.constexpr = TILING.channels
+    TOKENS: tl.constexpr = TILING.tokens
+    tile = tl.program_id(0)
+    channel = tile * CHANNELS + tl.arange(0, CHANNELS)
+    token = tl.arange(0, TOKENS)
+    real_N = token < N
+    real_C = channel < W
+    expert_N = tl.load(expert + token, mask=real_N, other=0)
+    here = real_N[:, None] & real_C[None, :]
+    owned = tl.load(mask + expert_N[:, None] * W + channel[None, :], mask=here, other=0).to(tl.int32)
+    wanted = tl.max(tl.max(owned, axis=1), axis=0)
+    tl.store(live + tile, wanted)
+    if wanted > 0:
+        h_NC = _hidden(x, ffn, token, real_N, channel, real_C, TILING)
+        h_NC = tl.where(owned > 0, h_NC, 0.0)
+        tl.store(hidden + token[:, None] * W + channel[None, :], h_NC.to(hidden.dtype.element_ty), mask=here)
+
+
+def decode_down(hidden, down, live, partial, N, W, TILING: tl.constexpr):
+    """Partial sums (splits, N, D) float32: one program takes some columns of D and every live tile of its split."""
+    WIDTH: tl.constexpr = TILING.width
+    COLUMNS: tl.constexpr = TILING.columns
+    CHANNELS: tl.constexpr = TILING.channels
+    TOKENS: tl.constexpr = TILING.tokens
+    split = tl.program_id(1)
+    tiles = tl.cdiv(W, CHANNELS)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    token = tl.arange(0, TOKENS)
+    real_N = token < N
+    sum_ND = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
+        if tl.load(live + tile) > 0:
+            channel = tile * CHANNELS + tl.arange(0, CHANNELS)
+            real_C = channel < W
+            h_at = hidden + token[:, None] * W + channel[None, :]
+            h_NC = tl.load(h_at, mask=real_N[:, None] & real_C[None, :], other=0.0)
+            d_at = down + channel.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            down_CD = tl.load(d_at, mask=real_C[:, None] & inside[None, :], other=0.0)
+            sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
+    at = partial + (split * N + token)[:, None] * WIDTH + column[None, :]
+    tl.store(at, sum_ND, mask=real_N[:, None] & inside[None, :])
+
+
+def decode_sum(partial, y, splits, size, BLOCK: tl.constexpr):
+    """y = the sum of partial (splits, size) over its splits, first to last."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = at < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in range(0, splits):
+        total += tl.load(partial + split * size + at, mask=real, other=0.0)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=real)
+
+
+def prefill_hidden(x, ffn, order, tiles, owned, hidden, widest, TILING: tl.constexpr):
+    """Hidden activations (N, widest), rows sorted by expert, columns the expert's own channels in stored order.
+
+    order: (N,) token of each row. tiles: three (T,): expert, first and last row (exclusive) of tokens of one expert.
+    owned: the experts' channels one after another, and where each expert's begin, with one more for the end.
+    """
+    CHANNELS: tl.constexpr = TILING.channels
+    TOKENS: tl.constexpr = TILING.tokens
+    expert_T, start_T, stop_T = tiles
+    channels, begin_E = owned
+    tile = tl.program_id(0)
+    expert = tl.load(expert_T + tile)
+    begin = tl.load(begin_E + expert)
+    width = tl.load(begin_E + expert + 1) - begin
+    first = tl.program_id(1) * CHANNELS
+    if first < width:
+        row = tl.load(start_T + tile) + tl.arange(0, TOKENS)
+        real_N = row < tl.load(stop_T + tile)
+        token = tl.load(order + row, mask=real_N, other=0)
+        place = first + tl.arange(0, CHANNELS)
+        real_C = place < width
+        channel = tl.load(channels + begin + place, mask=real_C, other=0)
+        h_NC = _hidden(x, ffn, token, real_N, channel, real_C, TILING).to(hidden.dtype.element_ty)
+        at = hidden + row.to(tl.int64)[:, None] * widest + place[None, :]
+        tl.store(at, h_NC, mask=real_N[:, None] & real_C[None, :])
+
+
+def prefill_down(hidden, down, order, tiles, owned, y, widest, TILING: tl.constexpr):
+    """y (N, D) in token order, from `hidden` as prefill_hidden leaves it."""
+    WIDTH: tl.constexpr = TILING.width
+    COLUMNS: tl.constexpr = TILING.columns
+    CHANNELS: tl.constexpr = TILING.channels
+    TOKENS: tl.constexpr = TILING.tokens
+    expert_T, start_T, stop_T = tiles
+    channels, begin_E = owned
+    tile = tl.program_id(0)
+    expert = tl.load(expert_T + tile)
+    begin = tl.load(begin_E + expert)
+    width = tl.load(begin_E + expert + 1) - begin
+    row = tl.load(start_T + tile) + tl.arange(0, TOKENS)
+    real_N = row < tl.load(stop_T + tile)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    h_N = row.to(tl.int64)[:, None] * widest
+    sum_ND = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for first in range(0, width, CHANNELS):
+        place = first + tl.arange(0, CHANNELS)
+        real_C = place < width
+        channel = tl.load(channels + begin + place, mask=real_C, other=0).to(tl.int64)
+        h_NC = tl.load(hidden + h_N + place[None, :], mask=real_N[:, None] & real_C[None, :], other=0.0)
+        d_at = down + channel[:, None] * WIDTH + column[None, :]
+        down_CD = tl.load(d_at, mask=real_C[:, None] & inside[None, :], other=0.0)
+        sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
+    token = tl.load(order + row, mask=real_N, other=0).to(tl.int64)
+    at = y + token[:, None] * WIDTH + column[None, :]
+    tl.store(at, sum_ND.to(y.dtype.element_ty), mask=real_N[:, None] & inside[None, :])
