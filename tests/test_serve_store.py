@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from moesaic.errors import MoesaicError
 from moesaic.serve.arena import PAGE, Arena, resident_bytes
-from moesaic.serve.model_files import ModelFiles, expert_entries, read_json
-from moesaic.serve.store import ExpertMemory
+from moesaic.serve.model_files import ModelFiles, Part, expert_entries, read_json
+from moesaic.serve.store import ExpertMemory, merged
 from serving import alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
 
 MIB = 2**20
@@ -79,6 +81,55 @@ def test_released_rows_are_gone_and_neighbours_stay(folder):
     assert full % PAGE == 0
 
 
+def test_entries_loaded_together_are_those_loaded_one_by_one(folder):
+    """And they leave one by one, whoever came with them."""
+    together, alone_ = memory_of(folder), memory_of(folder)
+    keys = sorted(together.parts)
+    together.load(*keys, keys[0])
+    for key in keys:
+        alone_.load(key)
+    for part in {part.tensor for parts in together.parts.values() for part in parts}:
+        assert torch.equal(together.tensor(part), alone_.tensor(part))
+    assert together.resident == alone_.resident > 0
+    for key in keys:
+        together.release(key)
+        alone_.release(key)
+        assert together.resident == alone_.resident
+    assert together.resident == 0
+
+
+def test_of_entries_that_cannot_all_be_read_none_is_there(own_copy):
+    memory = memory_of(own_copy)
+    keys = sorted(memory.parts)
+    memory.load(keys[0])
+    before = memory.resident
+    memory.parts[keys[2]] = tuple(part._replace(stop=10**9, start=10**9 - 4) for part in memory.parts[keys[2]])
+    memory._target = lambda part: (0, 4)
+    with pytest.raises(MoesaicError, match="truncated"):
+        memory.load(keys[1], keys[2])
+    assert memory.resident == before
+    assert memory._loaded == {keys[0]}
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 40), st.integers(1, 9)), max_size=12))
+def test_merged_parts_are_the_same_bytes(pieces):
+    files, taken, parts = [Path("a"), Path("b")], set(), []
+    for file, start, length in pieces:
+        cells = {(file, at) for at in range(start, start + length)}
+        if not cells & taken:
+            taken |= cells
+            parts.append(Part(files[file], start, start + length, "t"))
+    result = merged(parts)
+    assert sorted(at for part in result for at in cells_of(part)) == sorted(
+        at for part in parts for at in cells_of(part)
+    )
+    assert all(one.stop != two.start for one in result for two in result if one.file == two.file), "neighbours are one"
+
+
+def cells_of(part: Part) -> list[tuple[Path, int]]:
+    return [(part.file, at) for at in range(part.start, part.stop)]
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def own_copy(folder, tmp_path):
@@ -100,10 +151,10 @@ def test_truncated_shard_fails_its_requests_and_no_other(own_copy, folder):
         doomed = {key for (_, expert), keys in store.residency.layout.entries.items() if expert == 0 for key in keys}
         kept = {key for (_, expert), keys in store.residency.layout.entries.items() if expert == 1 for key in keys}
 
-        def load(key):
-            if key in doomed - kept:
+        def load(*keys):
+            if (doomed - kept).intersection(keys):
                 raise MoesaicError("model.safetensors ends at byte 5: it is truncated; copy it again")
-            real(key)
+            real(*keys)
 
         store.memory.load = load
         with store.lock() as residency:

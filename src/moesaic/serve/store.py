@@ -4,18 +4,20 @@
                    only while the entry is resident
     ExpertStore    a thread that reads what the residency asks for, demands before prefetches, and the waiting for it
 
-The resident set is what the budget says: pages of entries that leave are given back before the next entry is read.
+The resident set is what the budget says: pages of entries that leave are given back before the next entries are read.
+Entries may be small (blocks of some rows): those asked for together are read together, neighbours in the file at once.
 """
 
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.errors import MoesaicError
@@ -29,6 +31,8 @@ from moesaic.serve.model_files import ModelFiles, Part
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POLL_S = 0.25  # how often a waiting engine looks whether the reading thread still lives
 ATTEMPTS, PAUSE_S = 3, 0.05  # reads of an entry before it is given up, and the pause between them
+READ = 4 * 2**20  # bytes in one go of what is waited for
+AHEAD = 2**18  # of what is fetched ahead: a demand must not wait long behind it
 
 
 class ExpertReadError(MoesaicError):
@@ -59,6 +63,7 @@ class ExpertMemory:
             at += -(-_count(place.shape) * dtype.itemsize // PAGE) * PAGE
         self._arena = Arena(at)
         self._users = np.zeros(at // PAGE, np.int32)  # of each page, the entries that need it
+        self._pages = {key: self._pages_of(ranges) for key, ranges in parts.items()}
         self._loaded: set[Key] = set()
         self._handles: dict[Path, tuple[int, os.stat_result]] = {}
 
@@ -71,25 +76,33 @@ class ExpertMemory:
         """Bytes of pages that hold entries."""
         return int((self._users > 0).sum()) * PAGE
 
-    def load(self, key: Key) -> None:
-        """Read the entry's bytes. Raises MoesaicError, naming the file, where they cannot be had."""
-        if key in self._loaded:
-            return
-        ranges = [self._target(part) for part in self.parts[key]]
-        self._use(ranges, 1)
-        self._loaded.add(key)
+    def load(self, *keys: Key) -> None:
+        """Read the bytes of entries, neighbours in one go. Raises MoesaicError, naming the file, if some cannot be had.
+
+        Then none of them is loaded that was not before.
+        """
+        new = [key for key in dict.fromkeys(keys) if key not in self._loaded]
+        for key in new:
+            self._users[self._pages[key]] += 1
+        self._loaded.update(new)
         try:
-            for part, (start, stop) in zip(self.parts[key], ranges, strict=True):
-                self._read(part, start, stop)
+            for part in merged(part for key in new for part in self.parts[key]):
+                self._read(part)
         except BaseException:
-            self.release(key)
+            for key in new:
+                self.release(key)
             raise
 
     def release(self, key: Key) -> None:
         """Give back the pages that no other loaded entry needs."""
-        if key in self._loaded:
-            self._loaded.discard(key)
-            self._use([self._target(part) for part in self.parts[key]], -1)
+        if key not in self._loaded:
+            return
+        self._loaded.discard(key)
+        pages = self._pages[key]
+        self._users[pages] -= 1
+        empty = pages[self._users[pages] == 0]
+        for run in np.split(empty, np.flatnonzero(np.diff(empty) > 1) + 1) if len(empty) else ():
+            self._arena.release(int(run[0]) * PAGE, (int(run[-1]) + 1) * PAGE)
 
     def close(self) -> None:
         """Close the files."""
@@ -106,17 +119,14 @@ class ExpertMemory:
         )
         return start, stop
 
-    def _use(self, ranges: Sequence[tuple[int, int]], change: int) -> None:
-        for start, stop in ranges:
-            first, last = start // PAGE, -(-stop // PAGE)
-            self._users[first:last] += change
-            if change < 0:
-                empty = np.flatnonzero(self._users[first:last] == 0)
-                for run in np.split(empty, np.flatnonzero(np.diff(empty) > 1) + 1) if len(empty) else ():
-                    self._arena.release((first + int(run[0])) * PAGE, (first + int(run[-1]) + 1) * PAGE)
+    def _pages_of(self, parts: Sequence[Part]) -> NDArray[np.int64]:
+        """The pages that an entry touches, ascending."""
+        ranges = map(self._target, parts)
+        return np.unique(np.concatenate([np.arange(start // PAGE, -(-stop // PAGE)) for start, stop in ranges]))
 
-    def _read(self, part: Part, start: int, stop: int) -> None:
+    def _read(self, part: Part) -> None:
         handle = self._handle(part.file)
+        start, stop = self._target(part)
         stored = DTYPES[self._places[part.tensor].dtype]
         if stored == self.dtype:
             _read_into(handle, part, self._arena.bytes(start, stop))
@@ -142,6 +152,19 @@ class ExpertMemory:
         if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise MoesaicError(f"{path} was changed while it was served; restart the server on the new checkpoint")
         return handle
+
+
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """The same bytes in the order of the files, neighbours in one part of at most `READ` bytes (or a single one's)."""
+    out: list[Part] = []
+    for part in sorted(parts):
+        last = out[-1] if out else None
+        joins = last is not None and (last.file, last.tensor, last.stop) == (part.file, part.tensor, part.start)
+        if last is not None and joins and part.stop - last.start <= READ:
+            out[-1] = last._replace(stop=part.stop)
+        else:
+            out.append(part)
+    return out
 
 
 def _read_into(handle: int, part: Part, target: memoryview) -> None:
@@ -182,7 +205,8 @@ class ExpertStore:
         self._changed = threading.Condition()
         self._broken: dict[Key, str] = {}
         self._leaving: list[Key] = []
-        self._transfer: Transfer | None = None  # under way
+        self._batch: list[Transfer] = []  # under way
+        self._next_batch: Transfer | None = None  # begins the one after
         self._deaths = 0  # of the reading thread, since it last brought something
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -197,9 +221,7 @@ class ExpertStore:
 
     def start(self) -> None:
         """Read what was preloaded, then serve transfers."""
-        for key in self.residency.preloaded:
-            if key in self.residency:
-                self.memory.load(key)
+        self.memory.load(*(key for key in self.residency.preloaded if key in self.residency))
         self.complete = self.residency.complete
         self._run()
 
@@ -266,10 +288,13 @@ class ExpertStore:
         self.stall_s += time.perf_counter() - begin
 
     def _revive(self, missing: Sequence[Key]) -> None:
-        """The reading thread has died: another takes up the transfer it left, unless that is what kills it."""
+        """The reading thread has died: another takes up the transfers it left, unless they are what kills it."""
         self._deaths += 1
         if self._deaths > ATTEMPTS:
-            self._deaths, self._transfer = 0, None
+            for transfer in self._batch:
+                if transfer.key not in missing and not self.residency.ready(transfer.key):
+                    self.residency.caches[transfer.key.layer].failed(transfer.key)
+            self._deaths, self._batch = 0, []
             raise ExpertReadError(f"the reading thread died {ATTEMPTS + 1} times over the same entries", missing)
         self._run()
 
@@ -283,48 +308,70 @@ class ExpertStore:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while not self._closed and not self._leaving and self._next() is None:
+                while not self._closed and not self._leaving and not self._taken():
                     self._changed.wait()
                 if self._closed:
                     return
                 leaving, self._leaving = self._leaving, []
                 gone = [key for key in leaving if key not in self.residency]
-                transfer = self._next()
+                batch = self._taken()
             for key in gone:
                 self.memory.release(key)
-            if transfer is not None:
-                self._move(transfer)
+            if batch:
+                self._move(batch)
 
-    def _next(self) -> Transfer | None:
-        if self._transfer is None:
-            self._transfer = self.residency.start()
-            if self._transfer is not None:
-                self._broken.pop(self._transfer.key, None)  # tried anew
-        return self._transfer
+    def _taken(self) -> list[Transfer]:
+        """The transfers under way, or the next ones: all that a layer waits for, or some of what is fetched ahead."""
+        if self._batch:
+            return self._batch
+        size = 0
+        while not self._batch or size < (READ if self._batch[0].demand else AHEAD):
+            transfer, self._next_batch = self._next_batch or self.residency.start(), None
+            if transfer is None:
+                break
+            if self._batch and transfer.demand != self._batch[0].demand:
+                self._next_batch = transfer
+                break
+            self._broken.pop(transfer.key, None)  # tried anew
+            self._batch.append(transfer)
+            size += transfer.bytes
+        return self._batch
 
-    def _move(self, transfer: Transfer) -> None:
-        """Read an entry; it has arrived, or is known to be broken once it was tried several times."""
-        begin, problem = time.perf_counter(), None
+    def _move(self, batch: Sequence[Transfer]) -> None:
+        """Read entries; each has arrived, or is known to be broken once it was tried several times."""
+        begin = time.perf_counter()
+        try:
+            self.memory.load(*(transfer.key for transfer in batch))
+            problems: dict[Key, str] = {}
+        except MoesaicError:
+            tried = {transfer.key: self._tried(transfer.key) for transfer in batch}
+            problems = {key: problem for key, problem in tried.items() if problem is not None}
+        seconds = max(time.perf_counter() - begin, 1e-9)
+        with self._changed:
+            self._batch, self._deaths = [], 0
+            for transfer in batch:
+                key = transfer.key
+                if key in problems:
+                    self._broken[key] = f"expert {key.unit} of layer {key.layer}: {problems[key]}"
+                elif not self.residency.arrived(transfer) and key not in self.residency:
+                    self._leaving.append(key)
+            if not problems:
+                self.complete = self.residency.complete
+                rate = sum(transfer.bytes for transfer in batch) / seconds
+                self.bytes_s = rate if self.bytes_s is None else 0.9 * self.bytes_s + 0.1 * rate
+            self._changed.notify_all()
+
+    def _tried(self, key: Key) -> str | None:
+        """Read an entry alone, several times if need be; what is wrong with it."""
+        problem = None
         for attempt in range(ATTEMPTS):
             try:
-                self.memory.load(transfer.key)
-                problem = None
-                break
+                self.memory.load(key)
+                return None
             except MoesaicError as error:
                 problem = str(error)
                 time.sleep(PAUSE_S * (attempt + 1))
-        seconds = max(time.perf_counter() - begin, 1e-9)
-        with self._changed:
-            self._transfer, self._deaths = None, 0
-            if problem is not None:
-                self._broken[transfer.key] = f"expert {transfer.key.unit} of layer {transfer.key.layer}: {problem}"
-            elif self.residency.arrived(transfer):
-                self.complete = self.residency.complete
-                rate = transfer.bytes / seconds
-                self.bytes_s = rate if self.bytes_s is None else 0.9 * self.bytes_s + 0.1 * rate
-            elif transfer.key not in self.residency:
-                self._leaving.append(transfer.key)
-            self._changed.notify_all()
+        return problem
 
     def __str__(self) -> str:
         capacity = sum(cache.capacity for cache in self.residency.pools)
