@@ -51,6 +51,9 @@ bench: $(VENV)/.test ## measure the printed numbers; TRACE=file.trace adds the p
 	$(BIN)/python benchmarks/affinity.py --seeds 2 --limit 20 --out benchmarks/results/affinity.json
 	$(if $(TRACE),$(BIN)/python benchmarks/policy_lab.py --trace $(TRACE) --out benchmarks/results/policy_lab.json)
 
+bench-gpu: $(VENV)/.test ## time the Triton kernels on a GPU; says so where there is none
+	$(BIN)/python benchmarks/gpu_blocks.py --out benchmarks/results/gpu_blocks.json
+
 clean: ## remove caches and build products, keep .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -42,6 +42,13 @@ def test_kernels_compute_what_the_plain_paths_do(where):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_it_was_not_run():
+    command = [sys.executable, "benchmarks/gpu_blocks.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "gpu_blocks: not run, there is no GPU that torch can use\n"
+
+
 # -- compiled -------------------------------------------------------------------------------------------------------
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

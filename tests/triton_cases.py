@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1, which has to be set before triton is imported, in the i
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +148,22 @@ def test_inference_on_a_gpu_takes_the_kernels():
         x, groups = batch(tokens, 4)
         assert compute.choose(blocks, groups) is kernel
         assert torch.equal(blocks(x, groups), kernel(blocks, x, groups))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_sides_of_the_benchmark_agree(dtype, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    import gpu_blocks
+
+    blocks = gpu_blocks.random_blocks(48, 64, 3, dtype, torch.device(DEVICE))
+    torch_grouped = gpu_blocks.GroupedMM(blocks) if dtype == torch.bfloat16 else None
+    x, groups = gpu_blocks.random_batch(blocks, 20)
+    sides = gpu_blocks.sides_of(blocks, torch_grouped, x, groups)
+    assert len(sides) == (5 if torch_grouped else 4)
+    gpu_blocks.compare(sides)
+    with pytest.raises(MoesaicError, match="wrong differs from masked by"):
+        gpu_blocks.compare({**sides, "wrong": lambda: 1.5 * sides["masked"]()})
+    union = blocks.layout.union_width(groups.used)
+    width = {blocks.layout.expert_width(expert) for expert in range(3)}
+    assert width == {32}
+    assert gpu_blocks.work(blocks, groups) == (3 * 48 * union * blocks.up.element_size(), 2 * 3 * 48 * 32 * 20)
