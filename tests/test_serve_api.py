@@ -247,7 +247,7 @@ REFUSED = {
     b'{"prompt": "a", "max_tokens": "5"}': "max_tokens",
     b'{"prompt": "a", "temperature": -1}': "temperature",
     b'{"prompt": "a", "temperature": NaN}': "temperature",
-    b'{"prompt": []}': "0 prompts",
+    b'{"prompt": []}': "0 requests",
     b'{"prompt": ""}': "the prompt is empty",
     b'{"prompt": [1, 2, 1000000]}': "token 1000000",
     b'{"prompt": [-1]}': "token -1",
@@ -278,6 +278,8 @@ def test_paths_and_methods(live: Live) -> None:
     assert httpx.get(live.url + "/v1/nothing").json()["error"]["type"] == "not_found_error"
     wrong = httpx.delete(live.url + "/v1/completions")
     assert wrong.status_code == 405
+    declared = httpx.get(live.url + "/openapi.json").json()["paths"]
+    assert all("405" in operation["responses"] for path in declared.values() for operation in path.values())
     assert "DELETE" in wrong.json()["error"]["message"]
 
 
@@ -330,6 +332,60 @@ def test_full_queue_is_429(folder: Path) -> None:
                 assert third.status_code == 429
                 assert int(third.headers["Retry-After"]) >= 1
                 assert third.json()["error"]["code"] == "queue_full"
+
+
+def test_a_call_is_queued_whole_or_not_at_all(folder: Path) -> None:
+    with (
+        serving.engine(folder, max_requests=1, max_waiting=3) as own,
+        Live(create_app(own, ApiOptions(most_requests=5))) as live,
+    ):
+        slow_down(own)
+        many = live.post({"prompt": ["a", "b", "c"], "n": 2})
+        assert (many.status_code, many.json()["error"]["param"]) == (400, "n")
+        assert "6 requests in one call" in many.json()["error"]["message"]
+        never = live.post({"prompt": ["a"] * 5})
+        assert (never.status_code, "4 at most" in never.json()["error"]["message"]) == (400, True)
+        body = {"prompt": "a", "max_tokens": 100, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", live.url + "/v1/completions", json=body) as first:
+            lines = first.iter_lines()
+            assert next(lines) == ": queued"
+            crowded = live.post({"prompt": "a", "n": 4, "max_tokens": 1})
+            assert (crowded.status_code, crowded.json()["error"]["code"]) == (429, "queue_full")
+            assert int(crowded.headers["Retry-After"]) >= 1
+            stats = own.stats()
+            assert (stats.running + stats.waiting, stats.finished, stats.rejected) == (1, {}, 4)
+            assert live.post({"prompt": "a", "n": 3, "max_tokens": 1}).status_code == 200
+
+
+def test_answers_without_a_number_of_tokens_are_limited(engine: Engine) -> None:
+    with Live(create_app(engine, ApiOptions(most_output=7))) as live:
+        for body, tokens in (({}, 7), ({"max_tokens": 9}, 9)):
+            answer = live.post({"prompt": "a", "ignore_eos": True, **body}).json()
+            assert answer["usage"]["completion_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"guided_regex": "(("}, "guided_regex"),
+        ({"guided_choice": ["x" * 99999]}, "guided_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+        ({"guided_choice": ["x"], "guided_regex": "x"}, "guided_choice"),
+        ({"max_tokens": 9999}, "max_tokens"),
+        ({"max_completion_tokens": 9999}, "max_completion_tokens"),
+        ({"messages": [{"role": "user", "content": "a" * 999}]}, "messages"),
+    ],
+)
+def test_refusals_name_the_field_that_was_given(live: Live, changes: dict[str, Any], field: str) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], **changes}
+    answer = live.post(body, "/v1/chat/completions")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("limit", ["most_output", "most_requests", "most_bytes"])
+def test_limits_out_of_range_are_refused(limit: str) -> None:
+    with pytest.raises(MoesaicError, match=f"{limit} is 0: expected at least 1"):
+        ApiOptions(**{limit: 0})
 
 
 # -- clients that leave, servers that stop ----------------------------------------------------------------------------

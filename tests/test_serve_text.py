@@ -226,4 +226,4 @@ def test_regex_and_choice(grammars):
 def test_grammars_that_cannot_be_used_are_refused(grammars, spec):
     with pytest.raises(RequestError) as error:
         grammars.compile(spec)
-    assert error.value.parameter == "response_format"
+    assert error.value.parameter == "grammar"

@@ -35,6 +35,10 @@ def serve(
         list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS} with commas. None = everybody.")
     ] = None,
     per_minute: Annotated[int, typer.Option(help="Requests a key may make in a minute; 0 = any number.")] = 0,
+    most_output: Annotated[
+        int | None, typer.Option(help="Tokens of an answer whose request names no number. Default: the context.")
+    ] = None,
+    most_per_call: Annotated[int, typer.Option(help="Requests that one call may make: its prompts times n.")] = 16,
     drain: Annotated[float, typer.Option(help="Seconds running requests may take to finish at the end.")] = 30.0,
     threads: Annotated[int | None, typer.Option(help="Threads that compute; default: the cores.")] = None,
 ) -> None:
@@ -51,7 +55,7 @@ def serve(
     from moesaic.serve.options import EngineOptions
 
     named = api_key or [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
-    api = ApiOptions(tuple(named), per_minute)
+    api = ApiOptions(tuple(named), per_minute, most_output=most_output, most_requests=most_per_call)
     options = EngineOptions(
         memory=memory,
         experts=_share(experts),

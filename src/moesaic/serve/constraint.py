@@ -30,7 +30,7 @@ class Grammars:
         Raises RequestError for what cannot be compiled, MoesaicError if the library is missing.
         """
         if len(json.dumps(spec)) > LIMIT:
-            raise RequestError(f"the grammar is longer than {LIMIT} bytes", "response_format")
+            raise RequestError(f"the grammar is longer than {LIMIT} bytes", "grammar")
         library = self._load()
         matcher = library.LLMatcher
         try:
@@ -49,7 +49,7 @@ class Grammars:
                 raise ValueError(problem)
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise RequestError(f"the grammar cannot be used: {reason}", "response_format") from None
+            raise RequestError(f"the grammar cannot be used: {reason}", "grammar") from None
         return GrammarConstraint(library, self._own, grammar)
 
     def _load(self) -> Any:

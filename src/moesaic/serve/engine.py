@@ -27,6 +27,7 @@ from moesaic.serve.request import (
     FinishReason,
     Generation,
     QueueFullError,
+    RequestError,
     Routed,
     ShuttingDownError,
 )
@@ -86,14 +87,20 @@ class Engine:
             raise ShuttingDownError(self.failure or "the server is not accepting requests: it starts or shuts down")
         request = self.intake.request(prompt_ids, generation, deliver, self.runner.now)
         with self._lock:
-            most = self.options.max_requests + self.options.max_waiting
-            if len(self._open) >= most:
-                self.counters.rejected += 1
-                raise QueueFullError(f"{len(self._open)} requests are open, {most} at most", self.counters.retry_s())
+            self.check_room(1)
             request.id, self._next = self._next, self._next + 1
             self._open[request.id] = request
         self._commands.put(lambda: self._arrive(request))
         return request.id
+
+    def check_room(self, count: int) -> None:
+        """Raises QueueFullError if so many requests more cannot be queued now, RequestError if they never can."""
+        opened, most = len(self._open), self.options.max_requests + self.options.max_waiting
+        if count > most:
+            raise RequestError(f"{count} requests at once: this server holds {most} at most")
+        if opened + count > most:
+            self.counters.rejected += count
+            raise QueueFullError(f"{opened} requests are open, {most} at most", self.counters.retry_s())
 
     def cancel(self, request: int) -> None:
         """End a request; its memory is free within one step. Unknown and finished ones are no error."""

@@ -23,7 +23,7 @@ from moesaic.serve.api.limits import Gatekeeper
 from moesaic.serve.api.metrics import Metrics
 from moesaic.serve.api.schemas import Chat, Completion
 from moesaic.serve.engine import Engine
-from moesaic.serve.request import Finished, Routed, Token
+from moesaic.serve.request import Finished, RequestError, Routed, Token
 
 DASHBOARD = Path(__file__).parent.parent / "dashboard"
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -46,18 +46,23 @@ class ApiOptions:
     """keys: who may ask; none = everybody. per_minute: requests a key may make; 0 = any number.
 
     most_bytes: of a body. most_output: tokens of a request that names no number; None = what the context leaves.
+    most_requests: of one call, prompts times n.
 
-    Raises MoesaicError for keys that open the server to everybody, or to nobody.
+    Raises MoesaicError for limits out of range, and for keys that open the server to everybody or to nobody.
     """
 
     keys: tuple[str, ...] = ()
     per_minute: int = 0
     most_bytes: int = 4 * 2**20
     most_output: int | None = None
+    most_requests: int = 16
 
     def __post_init__(self) -> None:
         if any(not key or key != key.strip() or not key.isascii() for key in self.keys):
             raise MoesaicError("an API key is empty, has spaces around it or is not ASCII: no client could send it")
+        for name, least in (("per_minute", 0), ("most_bytes", 1), ("most_output", 1), ("most_requests", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise MoesaicError(f"{name} is {value}: expected at least {least}")
 
 
 class Stream(StreamingResponse):
@@ -150,12 +155,19 @@ class Service:
 
     def _submitted(self, body: Completion | Chat, loop: asyncio.AbstractEventLoop) -> Job:
         """On a thread: long texts and grammars must not stop the others."""
+        count, most = prompts.requests(body), self.options.most_requests
+        if not 1 <= count <= most:
+            field = "n" if count else "prompt"
+            raise RequestError(f"{count} requests in one call, prompts times n: expected 1 to {most}", field)
         job = self._prepared(body)
         room = self.engine.context - max(map(len, job.calls.prompts))
         if self.options.most_output is not None:
             room = min(room, self.options.most_output)
         names = self.engine.expert_names
-        job.calls.submit(body.generation(room, names, len(names)), loop)
+        try:
+            job.calls.submit(body.generation(room, names, len(names)), loop)
+        except RequestError as error:
+            raise RequestError(str(error), body.field_of(error.parameter)) from None
         return job
 
     def _prepared(self, body: Completion | Chat) -> Job:

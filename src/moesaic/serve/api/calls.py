@@ -36,8 +36,11 @@ class Calls:
     def submit(self, generation: Generation, loop: asyncio.AbstractEventLoop) -> None:
         """Queue all of them, or none: what is refused once is refused whole. From any thread; `loop` hears of them."""
         self._loop = loop
+        count = len(self.prompts) * self.n
+        if count > 1:
+            self.engine.check_room(count)
         try:
-            for index in range(len(self.prompts) * self.n):
+            for index in range(count):
                 own = generation
                 if generation.seed is not None and self.n > 1:
                     own = replace(generation, seed=generation.seed + index % self.n)

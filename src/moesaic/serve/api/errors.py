@@ -69,12 +69,23 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
     return answer(400, f"{where or 'the body'}: {first['msg']}", where or None)
 
 
+SHARED = {
+    "405": "Another method than the path has",
+    "413": "The body is too large",
+    "503": "The server starts, drains or has failed",
+}
+
+
 def honest(app: FastAPI) -> None:
-    """What the published schema says of errors: FastAPI adds a 422 that is never sent."""
+    """What the published schema says of errors: FastAPI adds a 422 that is never sent, and lacks what all share."""
     schema = app.openapi()
-    for methods in schema["paths"].values():
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    for path, methods in schema["paths"].items():
         for operation in methods.values():
             operation["responses"].pop("422", None)
+            for status, text in SHARED.items():
+                if path != "/health" or status != "503":
+                    operation["responses"].setdefault(status, {"description": text, "content": content})
     schema.get("components", {}).get("schemas", {}).pop("HTTPValidationError", None)
     schema.get("components", {}).get("schemas", {}).pop("ValidationError", None)
 

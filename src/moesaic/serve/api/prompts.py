@@ -6,21 +6,22 @@ from typing import Any
 from moesaic.serve.api.schemas import Chat, Completion, Message
 from moesaic.serve.request import RequestError
 
-MOST = 128  # requests one call may make: prompts times n
+
+def requests(body: Completion | Chat) -> int:
+    """How many a call makes: prompts times n."""
+    given = body.prompt if isinstance(body, Completion) else ""
+    single = isinstance(given, str) or (given and isinstance(given[0], int))
+    return (1 if single else len(given)) * (body.n or 1)
 
 
 def of_completion(body: Completion, tokenizer: Any) -> list[list[int]]:
     """One list of ids per prompt. Raises RequestError for empty and unreadable ones."""
     given = body.prompt
     if isinstance(given, str):
-        prompts = [encode(given, tokenizer)]
-    elif given and isinstance(given[0], int):
-        prompts = [list(given)]
-    else:
-        prompts = [encode(one, tokenizer) if isinstance(one, str) else list(one) for one in given]  # type: ignore[arg-type]
-    if not prompts or len(prompts) * (body.n or 1) > MOST:
-        raise RequestError(f"{len(prompts)} prompts, n {body.n or 1}: expected 1 to {MOST} requests in all", "prompt")
-    return prompts
+        return [encode(given, tokenizer)]
+    if given and isinstance(given[0], int):
+        return [list(given)]
+    return [encode(one, tokenizer) if isinstance(one, str) else list(one) for one in given]  # type: ignore[arg-type]
 
 
 def of_chat(body: Chat, tokenizer: Any) -> list[int]:

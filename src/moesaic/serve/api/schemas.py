@@ -129,22 +129,31 @@ class Options(Strict):
             bias[int(name)] = float(value)
         return bias
 
+    def field_of(self, option: str | None) -> str | None:
+        """The field that an option of the engine was given by."""
+        return next(iter(self._grammars()), None) if option == "grammar" else option
+
     def _grammar(self) -> dict[str, Any] | None:
-        wanted: list[dict[str, Any]] = []
+        wanted = self._grammars()
+        if len(wanted) > 1:
+            raise RequestError("give one of response_format, guided_regex and guided_choice", list(wanted)[1])
+        return next(iter(wanted.values()), None)
+
+    def _grammars(self) -> dict[str, dict[str, Any]]:
+        """By field: what the text must follow."""
+        wanted: dict[str, dict[str, Any]] = {}
         if self.response_format is not None and self.response_format.type == "json_object":
-            wanted.append({"type": "json"})
+            wanted["response_format"] = {"type": "json"}
         if self.response_format is not None and self.response_format.type == "json_schema":
             schema = self.response_format.json_schema
             if schema is None or schema.schema_ is None:
                 raise RequestError("response_format json_schema needs json_schema.schema", "response_format")
-            wanted.append({"type": "json_schema", "schema": schema.schema_})
+            wanted["response_format"] = {"type": "json_schema", "schema": schema.schema_}
         if self.guided_regex is not None:
-            wanted.append({"type": "regex", "pattern": self.guided_regex})
+            wanted["guided_regex"] = {"type": "regex", "pattern": self.guided_regex}
         if self.guided_choice is not None:
-            wanted.append({"type": "choice", "choices": self.guided_choice})
-        if len(wanted) > 1:
-            raise RequestError("give one of response_format, guided_regex and guided_choice", "response_format")
-        return wanted[0] if wanted else None
+            wanted["guided_choice"] = {"type": "choice", "choices": self.guided_choice}
+        return wanted
 
 
 class Completion(Options):
@@ -198,6 +207,14 @@ class Chat(Options):
     def most_tokens(self, room: int) -> int:
         """See Options."""
         return self.max_completion_tokens or super().most_tokens(room)
+
+    def field_of(self, option: str | None) -> str | None:
+        """See Options."""
+        if option == "prompt":
+            return "messages"
+        if option == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return super().field_of(option)
 
 
 def _control(wanted: Experts | None, names: Sequence[str], experts: int) -> ExpertControl:
