@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from moesaic.errors import MoesaicError
-from moesaic.experts import compute, triton_blocks
+from moesaic.experts import compute, triton_blocks, triton_kernels
 from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups, layout_from_masks
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -107,6 +107,19 @@ def test_channels_of_experts_without_tokens_are_not_read(kernel):
     for weight in (blocks.gate, blocks.up, blocks.down):
         weight[64:] = float("nan")
     assert expected.isfinite().all() and torch.equal(kernel(blocks, x, groups), expected)
+
+
+def test_decode_skips_tiles_that_no_token_needs():
+    mask = torch.zeros(2, 128, dtype=torch.bool)
+    mask[0, :64], mask[1, 64:] = True, True
+    blocks = make(mask)
+    x, groups = batch(6, 1)
+    hidden, live = torch.full((6, 128), 7.0, device=DEVICE), torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
+    ffn, owners = (blocks.gate, blocks.up, None, None), blocks.mask(torch.uint8, x.device)
+    kernel, tiling = triton_kernels.kernels()["decode_hidden"], triton_blocks.decode_tiling(blocks, 6)
+    kernel[(4,)](x, ffn, owners, groups.expert_N, hidden, live, 6, 128, TILING=tiling)
+    assert live.tolist() == [1, 1, 0, 0]
+    assert (hidden[:, :64] != 7).all() and (hidden[:, 64:] == 7).all()
 
 
 @each_kernel
