@@ -36,12 +36,12 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeight:
-    """A matrix (out, in), packed where that is possible. `bytes` of memory it holds."""
+    """A matrix (out, in), packed where that is possible, or else (without `pack`) a copy. `bytes` of memory it holds."""
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, pack: bool = True) -> None:
         self.bytes = weight.numel() * weight.element_size()
-        self.packed = weight.device.type == "cpu" and available(weight.dtype)
+        self.packed = pack and weight.device.type == "cpu" and available(weight.dtype)
         self._weight = _pack(weight.contiguous()) if self.packed else weight.clone()
 
     def __call__(self, x_NI: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -223,6 +223,7 @@ class Belady(Eviction):
         super().__init__()
         self.layers = layers
         self.uses = KnownUses()
+        self._moved: dict[Key, None] = {}  # keys whose next use may have changed: ranked anew when one must leave
 
     def next(self, key: Key) -> float:
         """When the key is known to be used next."""
@@ -242,9 +243,14 @@ class Belady(Eviction):
         self._again(self.uses.done(owner))
 
     def _again(self, keys: Iterable[Key]) -> None:
-        for key in keys:
+        self._moved.update(dict.fromkeys(keys))
+
+    def victim(self) -> Key | None:
+        for key in self._moved:
             if key in self._live:
                 self.idle(key, 0)
+        self._moved.clear()
+        return super().victim()
 
 
 class PredictedSet(Belady):

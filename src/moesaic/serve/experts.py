@@ -14,39 +14,38 @@ import torch
 from torch import Tensor
 
 from moesaic.experts.channel_blocks import ChannelBlocks
-from moesaic.experts.packed import PackedWeight, available, steady
+from moesaic.experts.packed import PackedWeight, steady
 from moesaic.schedule.work import Key
 
-HOT = 2  # uses after which an expert is worth packing
+HOT = 8  # uses without leaving the memory after which a copy is likely to pay for itself
 
 
 @dataclass
 class Packs:
-    """Packed copies of hot experts, within `limit` bytes; those unused for longest go first.
+    """Copies of hot experts in one piece, within `limit` bytes; those unused for longest go first.
 
-    Float32 is left as it is: its packed products round otherwise, and tokens must not depend on what is hot.
+    Packed, but in float32: its packed products round otherwise, and tokens must not depend on what is hot.
     """
 
     limit: int = 0
     taken: int = 0
-    _copies: OrderedDict[tuple[int, int], tuple[PackedWeight, PackedWeight]] = field(default_factory=OrderedDict)
+    _copies: OrderedDict[tuple[int, int], tuple[PackedWeight, ...]] = field(default_factory=OrderedDict)
     _uses: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def get(self, at: tuple[int, int]) -> tuple[PackedWeight, PackedWeight] | None:
-        """gate_up and down of (layer, expert), if they lie packed."""
+    def get(self, at: tuple[int, int]) -> tuple[PackedWeight, ...] | None:
+        """The matrices of (layer, expert) as they were offered, if they lie packed."""
         copy = self._copies.get(at)
         if copy is not None:
             self._copies.move_to_end(at)
         return copy
 
-    def offer(self, at: tuple[int, int], gate_up: Tensor, down: Tensor) -> None:
+    def offer(self, at: tuple[int, int], *matrices: Tensor) -> None:
         """The expert is used once more; packed if it is hot and fits beside the others without putting one out."""
         self._uses[at] = self._uses.get(at, 0) + 1
-        size = sum(matrix.numel() * matrix.element_size() for matrix in (gate_up, down))
-        if self._uses[at] < HOT or self.taken + size > self.limit or not available(gate_up.dtype):
-            return
-        if gate_up.dtype != torch.float32:
-            self._copies[at] = PackedWeight(gate_up), PackedWeight(down)
+        size = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
+        if self._uses[at] >= HOT and self.taken + size <= self.limit:
+            pack = matrices[0].dtype != torch.float32
+            self._copies[at] = tuple(PackedWeight(matrix, pack) for matrix in matrices)
             self.taken += size
 
     def drop(self, places: Iterable[tuple[int, int]]) -> None:
