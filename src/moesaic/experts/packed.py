@@ -36,7 +36,7 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeight:
-    """A matrix (out, in), packed where that is possible, or else (without `pack`) a copy. `bytes` of memory it holds."""
+    """A matrix (out, in), packed where that is possible and `pack` says so, else copied. `bytes`: what it holds."""
 
     @torch.no_grad()
     def __init__(self, weight: Tensor, pack: bool = True) -> None:
