@@ -49,8 +49,10 @@ def serve(
     from moesaic.serve.extra import needed
 
     needed("fastapi", "uvicorn", "prometheus_client")
+    from fastapi import FastAPI
+
     from moesaic.serve.api.app import ApiOptions, create_app
-    from moesaic.serve.api.server import ServerOptions, bound, log_json, serve
+    from moesaic.serve.api.server import ServerOptions, bound, log_json, open_to_others, serve
     from moesaic.serve.engine import Engine
     from moesaic.serve.options import EngineOptions
 
@@ -72,12 +74,19 @@ def serve(
         threads=threads,
     )
     listening = bound(host, port)
-    engine = Engine(model, options)
-    engine.start()
-    log_json()
-    where = f"http://{host}:{listening.getsockname()[1]}"
-    typer.echo(f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)", err=True)
-    serve(engine, create_app(engine, api), listening, ServerOptions(host, port, drain))
+    if open_to_others(listening) and not named:
+        typer.echo(f"warning: whoever reaches {host} may use this server: it asks for no --api-key", err=True)
+
+    def load() -> tuple[Engine, FastAPI]:
+        engine = Engine(model, options)
+        engine.start()
+        ready = create_app(engine, api)
+        log_json()
+        where = f"http://{host}:{listening.getsockname()[1]}"
+        typer.echo(f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)", err=True)
+        return engine, ready
+
+    serve(load, listening, ServerOptions(host, port, drain))
 
 
 def _share(value: str | None) -> str | float | None:

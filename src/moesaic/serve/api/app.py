@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 from moesaic.errors import MoesaicError
 from moesaic.serve.api import errors, prompts
 from moesaic.serve.api.answers import Writer, usage
+from moesaic.serve.api.bodies import StrictRoute
 from moesaic.serve.api.calls import Calls
 from moesaic.serve.api.limits import Gatekeeper
+from moesaic.serve.api.logs import AccessLog
 from moesaic.serve.api.metrics import Metrics
 from moesaic.serve.api.schemas import Chat, Completion
 from moesaic.serve.engine import Engine
@@ -149,6 +151,7 @@ class Service:
         except MissingModelError as error:
             return errors.answer(404, str(error), "model", "model_not_found")
         job = await run_in_threadpool(self._submitted, body, asyncio.get_running_loop())
+        job.writer.id, request.state.calls = request.state.id, job.calls
         if body.stream:
             return Stream(job.calls, job.lines())
         return await job.whole(request)
@@ -206,6 +209,7 @@ def create_app(engine: Engine, options: ApiOptions | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.router.route_class = StrictRoute
     errors.install(app)
     _completions(app, service)
     _models(app, engine)
@@ -214,6 +218,7 @@ def create_app(engine: Engine, options: ApiOptions | None = None) -> FastAPI:
     if (DASHBOARD / "index.html").is_file():
         app.mount("/", Dashboard(directory=DASHBOARD, html=True), name="dashboard")
     app.add_middleware(Gatekeeper, keys=options.keys, per_minute=options.per_minute, most_bytes=options.most_bytes)
+    app.add_middleware(AccessLog)
     return app
 
 

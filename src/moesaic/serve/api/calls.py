@@ -1,6 +1,7 @@
 """The engine's requests behind one HTTP call: their events on the event loop, their end when the client goes."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ class Calls:
     def __post_init__(self) -> None:
         self._events: asyncio.Queue[Happened] = asyncio.Queue()
         self._numbers: list[int] = []
+        self._tokens = 0
+        self._first: float | None = None  # when the first token came
+        self._reasons: list[str] = []
 
     def submit(self, generation: Generation, loop: asyncio.AbstractEventLoop) -> None:
         """Queue all of them, or none: what is refused once is refused whole. From any thread; `loop` hears of them."""
@@ -51,10 +55,29 @@ class Calls:
 
     def _deliver(self, index: int) -> Any:
         def deliver(event: Event) -> None:
+            self._count(event)
             # never waits for a slow reader: a request has no more events than tokens
             self._loop.call_soon_threadsafe(self._events.put_nowait, Happened(index, event))
 
         return deliver
+
+    def _count(self, event: Event) -> None:
+        """On the engine's thread alone."""
+        if isinstance(event, Token):
+            self._tokens += 1
+            self._first = self._first or time.perf_counter()
+        elif isinstance(event, Finished):
+            self._reasons.append(event.reason)
+
+    def counts(self, begin: float) -> dict[str, Any]:
+        """What logs say of a call that began then: tokens and times, no text."""
+        return {
+            "requests": len(self._numbers),
+            "prompt_tokens": sum(map(len, self.prompts)),
+            "output_tokens": self._tokens,
+            "first_token_seconds": None if self._first is None else round(self._first - begin, 6),
+            "finish": list(self._reasons),
+        }
 
     def cancel(self) -> None:
         """End what still runs."""

@@ -34,6 +34,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error body for a status."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    message = message.encode("utf-8", "replace").decode()  # a template may quote half of a surrogate pair
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -66,7 +67,9 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
         return answer(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
         return answer(400, f"unknown field {where!r}; it would be ignored, so it is refused", where, "unknown_field")
-    return answer(400, f"{where or 'the body'}: {first['msg']}", where or None)
+    if not where:
+        return answer(400, f"expected a JSON object, sent with Content-Type: application/json: {first['msg']}")
+    return answer(400, f"{where}: {first['msg']}", where)
 
 
 SHARED = {
