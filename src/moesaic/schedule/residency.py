@@ -5,6 +5,7 @@ The simulator and a live engine drive the same object, so on the same work they 
     queued(items, stage)        work was queued, or a token was sampled
     begin(items)                a stage starts; its moments are the layers it runs
     ahead(i)                    fetch for the layers from moment i on, as far as the look-ahead goes
+    routed(i, calls, items)     the router of moment i has chosen, where routes are known only at the gate
     waves(i)                    the calls of moment i in portions that fit; of each: demand(wave), release(wave)
     finish()                    the stage is done
     forget(request)             a request ended
@@ -29,7 +30,8 @@ class Residency:
     lookahead:  how many layers ahead entries are fetched; 0 fetches on demand alone.
     per_layer:  a cache of capacity / layers for every layer, as 2410.17954's code has; False = one pool.
     persist:    a decode token that does not exist yet is expected to need what its predecessor did: routes are sticky
-                within a request (2410.19123). A guess, replaced by the truth when it is known.
+                within a request (2410.19123). A guess, replaced by the truth when it is known. The same of any step
+                whose routes are known only at the gate.
     horizon:    how many stages ahead queued work counts; None = all of it. A predicted set of everything that waits
                 would protect everything.
     preload:    entries that fill the cache before anything runs, the first that fit.
@@ -65,6 +67,9 @@ class Residency:
         self._entered: int | None = None  # the layer that runs
         self.items: Sequence[WorkItem] = ()
         self.moments: list[tuple[Call, ...]] = []
+        self._sequence: Sequence[int] = ()  # the layer of each moment
+        self._again = 1
+        self._chosen: dict[int, list[Key]] = {}  # request -> what its gates have chosen in this stage
         self._expected: dict[int, dict[Key, float]] = {}  # layer -> prediction for this stage
         self._steps: dict[int, int] = {}  # request -> its step that is expected
         self._waiting: dict[tuple[int, int], tuple[int, Sequence[Key]]] = {}  # queued step -> stage it may run in, keys
@@ -114,15 +119,20 @@ class Residency:
         self.stage += 1
         self.items = items
         self.moments = moments(items)
+        self._sequence = [calls[0].layer for calls in self.moments]
+        if items and not self.moments:  # the gates have not spoken
+            self._sequence, self.moments = self.layout.layers, [()] * len(self.layout.layers)
         self._entered = None
+        self._again = again
         self._expected.clear()
+        self._chosen.clear()
         if self.predictor.whole_step:
-            for calls in self.moments:
-                self._predict(calls[0].layer)
+            for layer in self._sequence:
+                self._predict(layer)
         for item in items if self._listens else ():
             self._waiting.pop(item.id, None)
             self._done(item.id)
-            if self.persist:
+            if self.persist and item.calls:
                 self._expect((item.request, item.step + 1), self.stage + again, item.keys)
                 self._steps[item.request] = item.step + 1
         for owner in self._due.pop(self.stage, ()):
@@ -146,13 +156,27 @@ class Residency:
     def pass_by(self, items: Sequence[WorkItem]) -> None:
         """A whole stage while `complete`: all its uses are hits, and no policy or predictor need hear of it."""
         self.stage += 1
-        for calls in moments(items):
+        self.passed(moments(items))
+
+    def passed(self, routes: Iterable[Sequence[Call]]) -> None:
+        """The calls of some layers while `complete`."""
+        for calls in routes:
             self.pools[0].tally.count(calls, self.layout.bytes.keys(), self.layout.bytes)
+
+    def routed(self, i: int, calls: Sequence[Call], items: Sequence[WorkItem]) -> None:
+        """The router of moment i has chosen `calls`; `items` are the stage's, with their own calls in this layer alone.
+
+        For stages that began with items without calls. The predictor learns of it with the first demand.
+        """
+        self.moments[i] = tuple(calls)
+        self.items = items
+        if self.persist and self._listens:
+            for item in items:
+                self._chosen.setdefault(item.request, []).extend(item.keys)
 
     def ahead(self, i: int) -> None:
         """Fetch what moments i to i + lookahead - 1 are expected to need, most probable first."""
-        for calls in self.moments[i : i + self.lookahead]:
-            layer = calls[0].layer
+        for layer in self._sequence[i : i + self.lookahead]:
             if layer not in self._expected:
                 self._predict(layer)
             if missing := [key for key in self._expected[layer] if key not in self.caches[layer]]:
@@ -197,6 +221,9 @@ class Residency:
     def finish(self) -> None:
         """The stage has run: its requests have their next tokens."""
         self.predictor.finish(self.items)
+        for item in self.items if self._chosen else ():
+            self._steps[item.request] = item.step + 1
+            self._wait((item.request, item.step + 1), self.stage + self._again, self._chosen[item.request])
 
     def forget(self, request: int) -> None:
         """The request has ended or was cancelled."""

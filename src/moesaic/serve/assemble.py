@@ -1,6 +1,8 @@
 """A model folder and options put together: every part of a running engine, none of them started."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from moesaic.serve.experts import BlockExperts, Packs, experts_of
 from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
 from moesaic.serve.kv import KVPool
-from moesaic.serve.loading import Loaded, fill_blocks, load, served_dtype
+from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_dtype
 from moesaic.serve.memory import MemorySplit
 from moesaic.serve.memory_plan import MemoryPlan, plan
 from moesaic.serve.model_files import expert_entries
@@ -25,7 +27,11 @@ from moesaic.serve.options import EngineOptions
 from moesaic.serve.prices import LivePrices
 from moesaic.serve.runner import Machine, Runner
 from moesaic.serve.step import Backbone
+from moesaic.serve.stock import ServedStock, StockExperts, expert_matrices
+from moesaic.serve.stock_step import StockBackbone
 from moesaic.serve.store import ExpertMemory, ExpertStore
+
+PRE_GATE, STICKY = "exact-pre-gate", "previous-step"  # what is expected, and what instead where no pre-gate knows
 
 
 def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[Runner, Intake]:
@@ -34,7 +40,10 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
     Raises MoesaicError if the model cannot be served, or not within the memory that is given.
     """
     if not (folder / "config.json").is_file():
-        raise MoesaicError(f"{folder} is no model folder: it has no config.json; give what moesaic refactor wrote")
+        raise MoesaicError(
+            f"{folder} is no model folder: it has no config.json; give what moesaic refactor "
+            "wrote, or a mixture of experts of transformers"
+        )
     planned = plan(
         folder,
         memory=options.memory,
@@ -47,27 +56,44 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
     loaded = load(folder, served_dtype(stored_dtype(folder), options.dtype), options.pack)
     pool = KVPool(loaded.kv, options.max_requests, planned.context)
     store, memory = _store(loaded, options, planned)
-    model = loaded.model
-    packs = Packs()
-    experts = [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
+    model, packs = loaded.model, Packs()
     places = experts_of(store.residency.layout.entries)
     store.on_left = lambda key: packs.drop(places(key))
-    gate = Gate(model.pregate, len(model.config.expert_names), len(model.blocks))
+    backbone = _backbone(loaded, store, pool, packs)
+    gate = Gate(model.pregate, len(model.expert_names), len(loaded.kv) - _gate_layers(model))
     prices = LivePrices(store.residency, store)
     batcher = make(BATCHERS, "batcher", options.batcher, prices=prices, max_wait_s=options.max_wait_s)
-    machine = Machine(Backbone(model, experts, store, pool), gate, store, memory, packs)
+    machine = Machine(backbone, gate, store, memory, packs)
     runner = Runner(machine, batcher, prices, options, counters)
     runner.eos = end_tokens(model, loaded.tokenizer)
-    vocab = int(model.config.base_config.get_text_config(decoder=True).vocab_size)
-    names = list(model.config.expert_names)
-    return runner, Intake(loaded.tokenizer, vocab, runner.eos, names, gate, pool, memory)
+    vocab = int(model.backbone.config.get_text_config(decoder=True).vocab_size)
+    most = model.most if isinstance(model, ServedStock) else None
+    return runner, Intake(loaded.tokenizer, vocab, runner.eos, list(model.expert_names), gate, pool, memory, most)
+
+
+def _gate_layers(model: ServedMoesaic | ServedStock) -> int:
+    return 0 if model.pregate is None else int(model.pregate.config.layers)
+
+
+def _backbone(loaded: Loaded, store: ExpertStore, pool: KVPool, packs: Packs) -> Backbone:
+    model = loaded.model
+    if isinstance(model, ServedStock):
+        memory = store.memory
+        matrices = [expert_matrices(each, loaded.files, memory.parts, memory.tensor) for each in model.experts]
+        layers = [StockExperts(*each, packs) for each in zip(model.experts, matrices, strict=True)]
+        return StockBackbone(model, layers, store, pool)
+    experts = [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
+    return Backbone(model, experts, store, pool)
 
 
 def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple[ExpertStore, MemorySplit]:
     layout, parts = expert_entries(loaded.model.config.to_dict(), loaded.files, loaded.dtype.itemsize)
     memory = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
-    for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
-        fill_blocks(blocks, name, memory.tensor, loaded.files.tensors)
+    if isinstance(loaded.model, ServedMoesaic):
+        for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
+            fill_blocks(blocks, name, memory.tensor, loaded.files.tensors)
+    elif options.predictor == PRE_GATE:
+        options = replace(options, predictor=STICKY)
     split = MemorySplit(
         budget=planned.budget,
         dense=planned.dense,
@@ -81,7 +107,8 @@ def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple
 
 def _residency(layout: Layout, options: EngineOptions, capacity: int, left: Callable[[Key], None]) -> Residency:
     policy = partial(make, EVICTIONS, "cache policy", options.policy, seed=options.seed, layers=len(layout.layers))
-    predictor = make(PREDICTORS, "predictor", options.predictor)
+    most = max(Counter(key.layer for key in layout.bytes).values())
+    predictor = make(PREDICTORS, "predictor", options.predictor, width=most)
     return Residency(
         layout,
         capacity,

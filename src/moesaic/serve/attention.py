@@ -164,7 +164,17 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
 current: Current[RaggedAttention] = Current()
 """The step that runs; transformers' interface has no argument for it."""
 
-KNOWN = frozenset({"sliding_window", "position_ids", "use_cache", "is_causal", "cache_position", "past_key_values"})
+KNOWN = frozenset(
+    {
+        "sliding_window",
+        "position_ids",
+        "use_cache",
+        "is_causal",
+        "cache_position",
+        "past_key_values",
+        "output_router_logits",
+    }
+)
 
 
 def forward(

@@ -26,10 +26,12 @@ class Intake:
         gate: Gate,
         pool: KVPool,
         memory: MemorySplit,
+        most_experts: int | None = None,
     ) -> None:
         self.tokenizer, self.vocab, self.eos, self.expert_names = tokenizer, vocab, eos, expert_names
         self.gate, self.pool, self.memory = gate, pool, memory
         self.context = pool.context
+        self.most_experts = most_experts  # that a request may let routers choose per token, None = it may not
         self.grammars = Grammars(tokenizer)
         self._seeds = random.Random()
 
@@ -49,6 +51,7 @@ class Intake:
             raise RequestError("the prompt is empty: expected at least one token", "prompt")
         if wrong := [token for token in prompt if not 0 <= token < self.vocab]:
             raise RequestError(f"token {wrong[0]} is outside the vocabulary of {self.vocab}", "prompt")
+        self._check_experts(generation)
         wanted = len(prompt) + generation.max_tokens
         if wanted > self.context:
             raise RequestError(
@@ -62,4 +65,23 @@ class Intake:
                 f"the keys of {wanted} tokens take {needed} bytes, but {self.memory.most_kv} are left for them: "
                 "shorten the prompt, lower max_tokens, or give the server more memory",
                 "max_tokens",
+            )
+
+    def _check_experts(self, generation: Generation) -> None:
+        if generation.experts and not self.expert_names:
+            raise RequestError(
+                "this model's routers choose anew in every layer, so no request can allow, deny or pin experts: leave "
+                "experts out",
+                "experts",
+            )
+        if (wanted := generation.experts_per_token) is None:
+            return
+        if self.most_experts is None:
+            raise RequestError(
+                "this model's number of experts per token is fixed: leave experts_per_token out", "experts_per_token"
+            )
+        if wanted > self.most_experts:
+            raise RequestError(
+                f"experts_per_token is {wanted}: expected 1 to {self.most_experts}, as many as the model chooses",
+                "experts_per_token",
             )

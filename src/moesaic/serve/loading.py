@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moesaic.configuration import MoesaicConfig
 from moesaic.errors import MoesaicError
@@ -24,8 +24,9 @@ from moesaic.models.routes import Current, RoutedFFN
 from moesaic.serve import attention
 from moesaic.serve.kv import KVShape
 from moesaic.serve.layers import fuse_layers
-from moesaic.serve.model_files import ModelFiles, TensorPlace
+from moesaic.serve.model_files import CONFIG, ModelFiles, TensorPlace, read_json
 from moesaic.serve.norms import fuse_norms
+from moesaic.serve.stock import ServedStock, load_stock
 
 RunFFN = Callable[[int, Tensor], Tensor]
 
@@ -55,6 +56,7 @@ class ServedMoesaic(MoesaicForCausalLM):
         self.step: Current[RunFFN] = Current()
         self.blocks: list[ChannelBlocks] = []
         self.names: list[str] = []  # of each layer's blocks in the checkpoint
+        self.expert_names = tuple(config.expert_names)
         for name, module in list(self.backbone.named_modules()):
             if isinstance(module, RoutedFFN):
                 parent, _, child = name.rpartition(".")
@@ -67,7 +69,7 @@ class ServedMoesaic(MoesaicForCausalLM):
 class Loaded:
     """A model ready to run steps. kv: shapes of keys and values, the backbone's layers first, then the pre-gate's."""
 
-    model: ServedMoesaic
+    model: ServedMoesaic | ServedStock
     tokenizer: Any
     files: ModelFiles
     dtype: torch.dtype
@@ -76,21 +78,22 @@ class Loaded:
 
 
 def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
-    """Load everything but the experts of a refactored model.
+    """Load everything but the experts of a refactored model, or of a mixture as transformers ships it.
 
-    Raises MoesaicError if it is none, tensors are missing, or its attention cannot be served.
+    Raises MoesaicError if it is neither, tensors are missing, or its attention cannot be served.
     """
     files = ModelFiles(folder)
-    if (kind := AutoConfig.from_pretrained(folder).model_type) != "moesaic":
-        raise MoesaicError(f"{folder} holds a {kind} model; moesaic serve takes what moesaic refactor wrote")
     attention.register()
-    model, info = PreTrainedModel.from_pretrained.__func__(ServedMoesaic, folder, dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    model: Any
+    if read_json(folder / CONFIG).get("model_type") == "moesaic":
+        model, missing = _load_moesaic(folder, dtype)
+    else:
+        model, missing = load_stock(folder, dtype)
+    if missing:
         raise MoesaicError(
-            f"the checkpoint {folder} lacks {len(missing)} tensor(s), such as {missing[0]}; copy it again"
+            f"the checkpoint {folder} lacks {len(missing)} tensor(s), such as {min(missing)}; copy it again"
         )
-    if model.pregate is None and len(model.config.expert_names) > 1:
-        raise MoesaicError(f"{folder} has no pre-gate yet: finish its refactoring first")
+    model.backbone.eval().requires_grad_(False)
     model.backbone.set_attn_implementation(attention.NAME)
     if pack:
         fuse_norms(model.backbone)
@@ -98,18 +101,24 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
     packed = pack_linears(model.backbone) if pack else 0
     if model.pregate is not None and pack:
         packed += pack_linears(model.pregate.layers)
-    model.eval().requires_grad_(False)
     return Loaded(model, load_tokenizer(folder), files, dtype, kv_shapes(model), packed)
 
 
+def _load_moesaic(folder: Path, dtype: torch.dtype) -> tuple[ServedMoesaic, set[str]]:
+    model, info = PreTrainedModel.from_pretrained.__func__(ServedMoesaic, folder, dtype=dtype, output_loading_info=True)
+    if model.pregate is None and len(model.config.expert_names) > 1:
+        raise MoesaicError(f"{folder} has no pre-gate yet: finish its refactoring first")
+    return model.eval().requires_grad_(False), set(info["missing_keys"])
+
+
 @torch.inference_mode()
-def kv_shapes(model: ServedMoesaic) -> list[KVShape]:
+def kv_shapes(model: ServedMoesaic | ServedStock) -> list[KVShape]:
     """Keys of every layer, seen in a forward of two tokens. Raises MoesaicError for attention that goes another way."""
     probe = _Probe()
     with attention.current.use(probe):  # type: ignore[arg-type]
         ids = torch.zeros(1, 2, dtype=torch.long)
         model.backbone(input_ids=ids, position_ids=torch.arange(2)[None], use_cache=False)
-    layers = len(model.blocks)
+    layers = model.backbone.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(probe.shapes) != list(range(layers)):
         raise MoesaicError(
             f"{type(model.backbone).__name__} computes attention in {len(probe.shapes)} of {layers} layers through "

@@ -60,7 +60,8 @@ class Generation:
     temperature 0 = greedy. top_k 0 = no limit. seed None = a new one each time. logprobs: how many alternatives are
     reported beside the sampled token, None = no log-probabilities. logit_bias: token id -> addition to its logit.
     grammar: a constraint on the text, see `constraint`. ignore_eos: go on past the end-of-sequence token, which is then
-    never sampled.
+    never sampled. experts_per_token: how many experts the routers of a stock mixture choose in each layer, None = as
+    the model says.
     """
 
     max_tokens: int = 16
@@ -78,6 +79,7 @@ class Generation:
     grammar: Mapping[str, Any] | None = None
     ignore_eos: bool = False
     experts: ExpertControl = ExpertControl()
+    experts_per_token: int | None = None
 
     def __post_init__(self) -> None:
         self._range("max_tokens", self.max_tokens, 1, math.inf)
@@ -88,6 +90,8 @@ class Generation:
         self._range("presence_penalty", self.presence_penalty, -2, 2)
         self._range("frequency_penalty", self.frequency_penalty, -2, 2)
         self._range("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
+        if self.experts_per_token is not None:
+            self._range("experts_per_token", self.experts_per_token, 1, math.inf)
         if self.logprobs is not None:
             self._range("logprobs", self.logprobs, 0, 20)
         if any(not stop for stop in self.stop):

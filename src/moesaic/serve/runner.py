@@ -57,7 +57,8 @@ class Runner:
         )
         self.residency: Residency = machine.store.residency
         self.pool = machine.backbone.pool
-        self.calls = Calls(self.residency.layout)
+        self.gated = not machine.gate.experts  # every layer's router chooses, when it runs
+        self.calls = Calls(self.residency.layout, self.gated)
         self.eos: frozenset[int] = frozenset()
         self.requests: dict[int, Request] = {}  # queued or running
         self.running: set[int] = set()
@@ -96,7 +97,7 @@ class Runner:
         with self.machine.store.lock() as residency:
             residency.forget(request.id)
         if request.slot is not None:
-            self.pool.free(request.slot, request.done, keep and self.options.prefix_reuse)
+            self.pool.free(request.slot, request.done, keep and self.options.prefix_reuse and request.plain)
             request.slot = None
             self._balance()
 
@@ -164,14 +165,19 @@ class Runner:
                 outcomes = self._stage(staged)
                 break
             except ExpertReadError as error:
-                lost = [request for request, item in staged if set(error.keys) & set(item.keys)]
+                lost = [
+                    request
+                    for request, item in staged
+                    if set(error.keys) & set(item.keys) or request.slot in error.slots
+                ]
                 lost = lost or [request for request, _ in staged]
                 failed += [(request, [], "error", str(error)) for request in lost]
                 staged = [(request, item) for request, item in staged if request not in lost]
         else:
             return failed
         seconds, stalled = time.perf_counter() - begin, self.machine.store.stall_s - stall
-        self._count([item for _, item in staged], seconds, stalled, self._books_s - books)
+        items = self.machine.backbone.routes or [item for _, item in staged]
+        self._count(items, seconds, stalled, self._books_s - books)
         return failed + outcomes
 
     @contextmanager
@@ -194,7 +200,7 @@ class Runner:
         self.counters.waited(request, self.now)
         if request.slot is None:
             request.slot, request.cached = self.pool.acquire(
-                request.prompt, request.most_tokens, self.options.prefix_reuse
+                request.prompt, request.most_tokens, self.options.prefix_reuse and request.plain
             )
             request.done = request.cached
             request.started = True
@@ -215,7 +221,7 @@ class Runner:
                 residency.begin(items, again, lambda request: self._stages(self.batcher.ready[request]))
                 residency.ahead(0)
         # decode tokens of one expert side by side: mostly nothing needs sorting
-        ordered = sorted(staged, key=lambda each: (each[0].left > 0, each[1].calls[0].expert))
+        ordered = sorted(staged, key=lambda each: (each[0].left > 0, *(call.expert for call in each[1].calls[:1])))
         parts = [self._part(request, item) for request, item in ordered]
         with self._books():
             self._gate_keys(parts)
@@ -224,7 +230,8 @@ class Runner:
             with self._books(), self.machine.store.lock() as residency:
                 residency.finish()
         for (request, item), part in zip(ordered, parts, strict=True):
-            self.pool.extend(part.slot, part.ids)
+            if request.plain:  # else nobody may continue on its keys
+                self.pool.extend(part.slot, part.ids)
             request.done += item.tokens
             request.step += 1
         sampled = [request for (request, _), part in zip(ordered, parts, strict=True) if part.last]
@@ -240,7 +247,16 @@ class Runner:
         start, stop = request.done, request.done + item.tokens
         assert request.slot is not None
         ids, experts = request.ids[start:stop], request.experts[start:stop]
-        return Part(request.slot, start, ids, experts, item.phase == "prefill", stop >= len(request.prompt))
+        return Part(
+            slot=request.slot,
+            past=start,
+            ids=ids,
+            experts=experts,
+            prompt=item.phase == "prefill",
+            last=stop >= len(request.prompt),
+            item=item,
+            experts_per_token=request.generation.experts_per_token,
+        )
 
     def _gate_keys(self, parts: Sequence[Part]) -> None:
         """Prompts were routed on arrival; now that they have slots, their keys in the pre-gate are written too."""
@@ -273,7 +289,8 @@ class Runner:
                 request.since_s = self.now
                 with self._books():
                     self._queue(request)
-                outcomes.append((request, [_event(request, choice, text, int(expert))], None, ""))
+                told = None if self.gated else int(expert)
+                outcomes.append((request, [_event(request, choice, text, told)], None, ""))
         return outcomes
 
     def _route(self, requests: Sequence[Request]) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.schedule.work import Call, Known, Layout, WorkItem
+from moesaic.schedule.work import Call, Known, Layout, Phase, WorkItem
 from moesaic.serve.gate import Experts
 from moesaic.serve.request import Deliver, Generation
 
@@ -46,6 +46,11 @@ class Sequence:
         return len(self.prompt) + self.generation.max_tokens - 1
 
     @property
+    def plain(self) -> bool:
+        """Whether its keys are what any request with these tokens would have: nothing but tokens chose the experts."""
+        return self.bias is None and self.generation.experts_per_token is None
+
+    @property
     def output(self) -> list[int]:
         """The sampled tokens."""
         return self.ids[len(self.prompt) :]
@@ -59,19 +64,24 @@ class Sequence:
         """The next portion: at most `tokens` of what is left of the prompt, else the sampled token."""
         experts = self.experts[self.done : self.done + (min(tokens, self.left) or 1)]
         calls = calls_of(experts)
-        if self.left:
-            return WorkItem(self.id, self.step, "prefill", len(experts), calls, Known.REQUEST)
-        return WorkItem(self.id, self.step, "decode", 1, calls, Known.STEP)
+        phase: Phase = "prefill" if self.left else "decode"
+        known = Known.REQUEST if self.left else Known.STEP
+        return WorkItem(self.id, self.step, phase, len(experts), calls, known if calls else Known.GATE)
 
 
 class Calls:
-    """The calls of tokens whose experts hold in every layer; those of single tokens are built once."""
+    """The calls of tokens whose experts hold in every layer; those of single tokens are built once.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    gated: routers choose in every layer, so there are no calls yet.
+    """
+
+    def __init__(self, layout: Layout, gated: bool = False) -> None:
+        self.layout, self.gated = layout, gated
         self._single: dict[int, tuple[Call, ...]] = {}
 
     def __call__(self, experts: Experts) -> tuple[Call, ...]:
+        if self.gated:
+            return ()
         if len(experts) > 1:
             return self.layout.calls([dict(sorted(Counter(experts.tolist()).items()))])
         expert = int(experts[0])
@@ -80,7 +90,9 @@ class Calls:
         return self._single[expert]
 
 
-def majority(item: WorkItem) -> int:
-    """The expert with most tokens, the lower number at a tie."""
+def majority(item: WorkItem) -> int | None:
+    """The expert with most tokens, the lower number at a tie; None where routes are not known yet."""
+    if not item.calls:
+        return None
     first = item.calls[0].layer
     return min(item.at(first), key=lambda call: (-call.tokens, call.expert)).expert

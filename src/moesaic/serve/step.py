@@ -6,17 +6,18 @@ Shapes: N tokens of the step, R rows whose next token is wanted, V vocabulary, D
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.schedule.work import WorkItem
 from moesaic.serve import attention
 from moesaic.serve.attention import RaggedAttention, Segment
 from moesaic.serve.experts import BlockExperts
 from moesaic.serve.kv import KVPool
-from moesaic.serve.loading import ServedMoesaic
 from moesaic.serve.store import ExpertStore
 
 
@@ -25,6 +26,7 @@ class Part:
     """A request's share of a step: `ids` after `past` tokens in `slot`, each with its expert.
 
     prompt: they are of the prompt, so that the pre-gate has not kept their keys. last: a token is sampled after them.
+    item: what the policies know it as. experts_per_token: see `Generation`.
     """
 
     slot: int
@@ -33,6 +35,8 @@ class Part:
     experts: NDArray[np.int16]
     prompt: bool
     last: bool
+    item: WorkItem | None = None
+    experts_per_token: int | None = None
 
 
 class TokenOrder:
@@ -55,10 +59,14 @@ class TokenOrder:
 
 
 class Backbone:
-    """The loaded model with its experts and its keys; runs steps."""
+    """The loaded model with its experts and its keys; runs steps.
 
-    def __init__(self, model: ServedMoesaic, experts: Sequence[BlockExperts], store: ExpertStore, pool: KVPool) -> None:
+    routes: work items with calls in the first layer that has experts, where the step that ran has found them out.
+    """
+
+    def __init__(self, model: Any, experts: Sequence[BlockExperts], store: ExpertStore, pool: KVPool) -> None:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
+        self.routes: list[WorkItem] = []
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], complete: bool = False) -> Tensor:
@@ -69,7 +77,6 @@ class Backbone:
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
         tokens = TokenOrder(np.concatenate([part.experts for part in parts]))
-        step = RaggedAttention(self.pool, segments(parts))
 
         def ffn(layer: int, x_ND: Tensor) -> Tensor:
             x_ND = tokens.gather(x_ND)
@@ -85,16 +92,23 @@ class Backbone:
                         y_ND[rows] = self.experts[layer].run(call.expert, x_ND[rows])
             return tokens.scatter(y_ND)
 
+        with self.model.step.use(ffn):
+            return self.forward(parts)
+
+    def forward(self, parts: Sequence[Part]) -> Tensor:
+        """Logits (R, V), where what stands in for experts knows what to run."""
+        step = RaggedAttention(self.pool, segments(parts))
         rows = np.cumsum([len(part.ids) for part in parts]) - 1
         wanted = [row for row, part in zip(rows.tolist(), parts, strict=True) if part.last]
-        with attention.current.use(step), self.model.step.use(ffn):
+        with attention.current.use(step):
             out = self.model.backbone(
                 input_ids=torch.tensor([[token for part in parts for token in part.ids]]),
                 position_ids=step.pos_N[None],
                 use_cache=False,
                 logits_to_keep=torch.tensor(wanted or [0]),
             )
-        return out.logits[0, : len(wanted)]
+        logits: Tensor = out.logits[0, : len(wanted)]
+        return logits
 
 
 def segments(parts: Sequence[Part]) -> list[Segment]:

@@ -41,6 +41,7 @@ class ExpertReadError(MoesaicError):
     def __init__(self, message: str, keys: Sequence[Key]) -> None:
         super().__init__(message)
         self.keys = tuple(keys)
+        self.slots: frozenset[int] = frozenset()  # of the requests that need them, where only the step knew
 
 
 class ExpertMemory:
