@@ -234,8 +234,9 @@ def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_reque
     # An expert has at least two matrices, so it is at most this wide.
     width = least // (2 * hidden * item)
     # Of one token: six hidden states (residual, normed, sorted by expert and back), queries and keys before and after
-    # their rotation, values, output, and three states of an expert.
-    token = (6 * hidden + 4 * shape.query + 4 * shape.keys + 3 * width) * item
+    # their rotation, values, output, and three states of an expert. In a stock mixture the outputs of all its experts.
+    chosen = 0 if config.get("layouts") else _optional(base, "num_experts_per_tok") or 1
+    token = ((6 + 2 * chosen) * hidden + 4 * shape.query + 4 * shape.keys + 3 * width) * item
     # Of one row: logits as computed, and in float32 with their probabilities and an order of them with its places.
     row = vocab * (item + 4 + 4 + 4 + 8)
     pregate = config.get("pregate") or {}

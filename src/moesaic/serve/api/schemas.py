@@ -71,6 +71,7 @@ class Options(Strict):
     guided_choice: list[StrictStr] | None = Field(default=None, min_length=1, max_length=NAMES)
     ignore_eos: StrictBool | None = None
     experts: Experts | None = None
+    experts_per_token: StrictInt | None = Field(default=None, ge=1, le=1024)
     return_experts: StrictBool | None = None
     user: StrictStr | None = None
     metadata: dict[StrictStr, StrictStr] | None = None
@@ -93,6 +94,7 @@ class Options(Strict):
                 "repetition_penalty",
                 "seed",
                 "ignore_eos",
+                "experts_per_token",
             )
             if getattr(self, name) is not None
         }
