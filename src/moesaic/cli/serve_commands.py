@@ -1,8 +1,9 @@
 """serve: a refactored model behind an OpenAI-compatible API."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ def serve(
     model: ModelFolder,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    memory: Annotated[str | None, typer.Option(help="Memory for everything, as 8GiB; see moesaic plan.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of a replica, as 8GiB; see moesaic plan.")] = None,
     experts: Annotated[str | None, typer.Option(help="Memory for experts: bytes, 2GiB, or a share of all.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
@@ -41,6 +42,8 @@ def serve(
     most_per_call: Annotated[int, typer.Option(help="Requests that one call may make: its prompts times n.")] = 16,
     drain: Annotated[float, typer.Option(help="Seconds running requests may take to finish at the end.")] = 30.0,
     threads: Annotated[int | None, typer.Option(help="Threads that compute; default: the cores.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run replicas under Ray Serve, on this machine.")] = False,
+    replicas: Annotated[str, typer.Option(help="With --ray: 2, or 1:4 to add and remove them by load.")] = "1",
 ) -> None:
     """Serve MODEL with experts in memory as far as they fit, on demand from the disk beyond.
 
@@ -49,6 +52,8 @@ def serve(
     from moesaic.serve.extra import needed
 
     needed("fastapi", "uvicorn", "prometheus_client")
+    if ray:
+        needed("ray", extra="ray")
     from fastapi import FastAPI
 
     from moesaic.serve.api.app import ApiOptions, create_app
@@ -77,16 +82,48 @@ def serve(
     if open_to_others(listening) and not named:
         typer.echo(f"warning: whoever reaches {host} may use this server: it asks for no --api-key", err=True)
 
-    def load() -> tuple[Engine, FastAPI]:
+    def run(build: Callable[[], Any]) -> None:
+        def load() -> tuple[Any, FastAPI]:
+            engine = build()
+            ready = create_app(engine, api)
+            log_json()
+            where = f"http://{host}:{listening.getsockname()[1]}"
+            said = f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)"
+            typer.echo(said, err=True)
+            return engine, ready
+
+        serve(load, listening, ServerOptions(host, port, drain))
+
+    def single() -> Engine:
         engine = Engine(model, options)
         engine.start()
-        ready = create_app(engine, api)
-        log_json()
-        where = f"http://{host}:{listening.getsockname()[1]}"
-        typer.echo(f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)", err=True)
-        return engine, ready
+        return engine
 
-    serve(load, listening, ServerOptions(host, port, drain))
+    if ray:
+        _replicated(model, options, replicas, drain, run)
+    else:
+        _interruptible(lambda: run(single))
+
+
+def _interruptible(run: Callable[[], None]) -> None:
+    """End at once by Ctrl-C while the model loads: a thread that computes would abort an ordinary exit."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        typer.secho("interrupted", fg="yellow", err=True)
+        os._exit(130)
+
+
+def _replicated(
+    model: Path, options: Any, replicas: str, drain: float, run: Callable[[Callable[[], Any]], None]
+) -> None:
+    """Run a cluster of engines in place of one."""
+    from moesaic.serve.cluster.cluster import Cluster
+    from moesaic.serve.cluster.runtime import Replicas, room, running
+
+    wanted = Replicas.parse(replicas)
+    with running(room(wanted)):
+        run(lambda: Cluster(model, options, wanted, drain_s=drain))
 
 
 def _share(value: str | None) -> str | float | None:
