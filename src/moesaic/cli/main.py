@@ -7,6 +7,7 @@ import typer
 
 from moesaic.cli import (
     advise_commands,
+    bench_command,
     claims_commands,
     inspect_commands,
     plan_commands,
@@ -43,6 +44,7 @@ train_commands.add_to(app)
 simulate_commands.add_to(app)
 trace_commands.add_to(app)
 plan_commands.add_to(app)
+bench_command.add_to(app)
 serve_commands.add_to(app)
 replay_commands.add_to(app)
 

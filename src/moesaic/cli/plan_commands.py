@@ -12,6 +12,7 @@ from moesaic.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from moesaic.serve.bench_work import Speed
     from moesaic.serve.memory_plan import MemoryPlan
 
 BAR = 16  # characters
@@ -35,6 +36,9 @@ def plan(
     max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="What moesaic bench wrote for MODEL: the plan says how fast it will be.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show how memory would be split when MODEL is served, and what to change where it does not fit.
@@ -52,10 +56,50 @@ def plan(
         max_tokens=max_tokens,
         dtype=dtype,
     )
+    speed = None if calibration is None else _speed(result, calibration)
     if as_json:
-        typer.echo(json.dumps(asdict(result) | {"requests": result.requests, "spare": result.spare}, indent=2))
+        found = asdict(result) | {"requests": result.requests, "spare": result.spare}
+        typer.echo(json.dumps(found if speed is None else found | {"expected": asdict(speed)}, indent=2))
         return
     _show(result)
+    if speed is not None:
+        _show_speed(speed)
+
+
+def _speed(result: "MemoryPlan", path: Path) -> "Speed":
+    """What the calibration says; says on stderr if it was measured elsewhere."""
+    from moesaic.serve.bench_work import expected
+    from moesaic.simulate.calibration import read_calibration
+
+    calibration = read_calibration(path)
+    if (differs := calibration.elsewhere()) is not None:
+        typer.secho(f"note: {differs}", fg="yellow", err=True)
+    return expected(calibration, result)
+
+
+def _show_speed(speed: "Speed") -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    context = speed.steps[0].context
+    title = f"decode steps at {context} tokens of context, every expert in memory"
+    table = Table(title=title, box=SIMPLE)
+    for name in ("requests", "ms", "tokens/s"):
+        table.add_column(name, justify="right")
+    for step in speed.steps:
+        least, most = f"{step.least_s * 1e3:.3g}", f"{step.most_s * 1e3:.3g}"
+        slow, fast = f"{step.requests / step.most_s:,.0f}", f"{step.requests / step.least_s:,.0f}"
+        table.add_row(
+            str(step.requests),
+            least if least == most else f"{least} to {most}",
+            slow if slow == fast else f"{slow} to {fast}",
+        )
+    table.caption = "from all tokens at the smallest expert to as many experts as there can be"
+    Console().print(table)
+    if speed.miss_s is not None:
+        text = f"an expert that is not there: up to {speed.miss_s * 1e3:.3g} ms a layer from the page cache, "
+        typer.echo(text + f"{(speed.miss_disk_s or 0) * 1e3:.3g} ms from the disk; how often depends on the routes")
 
 
 def _show(result: "MemoryPlan") -> None:

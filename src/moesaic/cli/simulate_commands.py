@@ -62,6 +62,13 @@ def simulate(
         typer.Option(help="Measured operator times (Vidur's CSV of an FFN): the device runs at the rates found there."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="Which GPU of --op-times.")] = "a100",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="What moesaic bench wrote: the trace's routes in that model, at the seconds measured there."),
+    ] = None,
+    page_cache: Annotated[
+        str, typer.Option(help="With --calibration: experts come from the page cache (keep) or the disk (drop).")
+    ] = "keep",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for report.json, requests.csv, stages.csv and figures.")
     ] = None,
@@ -72,6 +79,7 @@ def simulate(
 
     Example: moesaic simulate conv.trace --system read-me --set cache.capacity=0.5 --shape llama-2-7b
     """
+    from moesaic.errors import MoesaicError
     from moesaic.progress import set_quiet
     from moesaic.simulate.assemble import assemble, machine_of
     from moesaic.simulate.output import save
@@ -81,12 +89,18 @@ def simulate(
 
     set_quiet(as_json)
     own = read_system(system, _changes(changes))
-    machine = None if op_times is None else calibrated(machine_of(own), op_times, gpu)
-    simulator = assemble(_trace(trace, shape, head, rate), own, seed, machine=machine)
+    if calibration is not None:
+        if op_times is not None or shape is not None:
+            raise MoesaicError("--calibration has the sizes and the seconds: leave --shape and --op-times out")
+        simulator, device = _measured(_trace(trace, None, head, rate), own, seed, calibration, page_cache)
+    else:
+        machine = None if op_times is None else calibrated(machine_of(own), op_times, gpu)
+        simulator, device = assemble(_trace(trace, shape, head, rate), own, seed, machine=machine), own.device
     begin = time.perf_counter()
     run = simulator.run(own.name)
     seconds = time.perf_counter() - begin
     result = report(simulator, run, own, seed, bounds=bounds)
+    result["system"]["device"] = device
     files = [] if out is None else save(out, result, run)
     if as_json:
         typer.echo(dumps(result), nl=False)
@@ -133,6 +147,22 @@ def sweep(
         return
     _show(_grid(results, list(axes)))
     typer.echo(f"{', '.join(files)}: {out}")
+
+
+def _measured(trace: Any, own: Any, seed: int, path: Path, page_cache: str) -> tuple[Any, str]:
+    """A simulator at measured costs, and the machine they are of; says on stderr what is not as it was measured."""
+    from moesaic.errors import MoesaicError
+    from moesaic.simulate.calibration import read_calibration, simulator
+
+    if page_cache not in ("keep", "drop"):
+        raise MoesaicError(f"--page-cache {page_cache}: expected keep or drop")
+    found = read_calibration(path)
+    if (differs := found.elsewhere()) is not None:
+        typer.secho(f"note: {differs}", fg="yellow", err=True)
+    if trace.card.model != found.card.model:
+        text = f"note: routes of {trace.card.model}, sizes and seconds of {found.model.name} in {found.model.dtype}"
+        typer.secho(text, fg="yellow", err=True)
+    return simulator(trace, own, found, seed, page_cache), found.machine.cpu  # type: ignore[arg-type]
 
 
 def _changes(given: list[str] | None) -> dict[str, Any]:
