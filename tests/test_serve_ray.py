@@ -116,7 +116,7 @@ def cluster(ray_here: Any, folder: Path) -> Iterator[Any]:
         yield own
 
 
-class started:  # noqa: N801
+class started:
     """A cluster of two that ends with the block."""
 
     def __init__(self, runtime: Any, folder: Path, affinity: bool = True, app: str = "moesaic", **options: Any) -> None:
