@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from moesaic.cli.main import app
 from moesaic.errors import MoesaicError
 from moesaic.schedule.synthetic import Synthetic, synthesize
-from moesaic.serve.bench import BenchOptions, Calibration, bench, fit_reads
+from moesaic.serve.bench import BenchOptions, bench, fit_reads
 from moesaic.serve.bench_steps import Kind, Recorder, kinds
 from moesaic.serve.bench_work import Load, ModelWork
-from moesaic.simulate.calibration import CalibratedCost, Costs, fit, read_calibration, simulator
+from moesaic.simulate.calibration import CalibratedCost, Calibration, Costs, fit, read_calibration, simulator
 from moesaic.simulate.stage_cost import StageLoad
 from moesaic.simulate.system import read_system
 from serving import engine, served_folder
