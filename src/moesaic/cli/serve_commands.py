@@ -58,7 +58,6 @@ def serve(
 
     from moesaic.serve.api.app import ApiOptions, create_app
     from moesaic.serve.api.server import ServerOptions, bound, log_json, open_to_others, serve
-    from moesaic.serve.engine import Engine
     from moesaic.serve.options import EngineOptions
 
     named = api_key or [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
@@ -87,22 +86,28 @@ def serve(
             engine = build()
             ready = create_app(engine, api)
             log_json()
-            where = f"http://{host}:{listening.getsockname()[1]}"
-            said = f"{engine.name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)"
-            typer.echo(said, err=True)
+            _say(engine.name, f"http://{host}:{listening.getsockname()[1]}")
             return engine, ready
 
         serve(load, listening, ServerOptions(host, port, drain))
 
-    def single() -> Engine:
-        engine = Engine(model, options)
-        engine.start()
-        return engine
-
     if ray:
         _replicated(model, options, replicas, drain, run)
     else:
-        _interruptible(lambda: run(single))
+        _interruptible(lambda: run(lambda: _started(model, options)))
+
+
+def _say(name: str, where: str) -> None:
+    typer.echo(f"{name} on {where}, dashboard at {where}/, OpenAI API at {where}/v1 (Ctrl-C ends)", err=True)
+
+
+def _started(model: Path, options: Any) -> Any:
+    """One engine, in this process."""
+    from moesaic.serve.engine import Engine
+
+    engine = Engine(model, options)
+    engine.start()
+    return engine
 
 
 def _interruptible(run: Callable[[], None]) -> None:
