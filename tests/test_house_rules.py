@@ -32,7 +32,7 @@ def optional_packages() -> set[str]:
 
 
 OPTIONAL = optional_packages()
-BEHIND_EXTRA = ("serve/api/", "serve/replay.py")
+BEHIND_EXTRA = ("serve/api/", "serve/cluster/", "serve/replay.py")
 
 
 def functions(tree: ast.AST) -> Iterator[Function]:

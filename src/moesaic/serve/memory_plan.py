@@ -379,7 +379,7 @@ def _savings(
         same = needs_of(config, files, dtype, 1, 1)
         saved = same.beside_experts(context) + same.all_experts - half.beside_experts(context) - half.all_experts
         found.append(("--dtype bfloat16", saved))
-    return sorted(found, key=lambda option: -option[1])
+    return sorted((option for option in found if option[1] > 0), key=lambda option: -option[1])
 
 
 def _saves(savings: Sequence[tuple[str, int]]) -> list[str]:
