@@ -90,6 +90,7 @@ def bench(folder: str | Path, options: BenchOptions = BenchOptions()) -> Calibra
     floors, threads = _alone(lambda: measure_floors(work, options.threads))
     steps, crowd, capacity = _measure_engine(folder, work, options)
     costs = fit_steps(work, steps)
+    floors = _alone(lambda: _once_more(floors, work, options.threads))
     rates = _alone(lambda: _read_rates(work, floors, steps, options.threads))
     cells = tuple(_cell(kind, work, floors, costs, rates[kind.name], own) for kind, own in steps)
     draft = Calibration(
@@ -151,6 +152,13 @@ def measure_floors(work: ModelWork, threads: int | None) -> tuple[Floors, int]:
         return Floors(read, flops, flops32, cached, disk), torch.get_num_threads()
 
 
+def _once_more(floors: Floors, work: ModelWork, threads: int | None) -> Floors:
+    """Rates of memory and products measured a second time, the better ones: the first may have been disturbed."""
+    with using_threads(threads):
+        read, flops = 1e9 * read_bandwidth(big_array(CPU)), 1e9 * gemm_rate(getattr(torch, work.dtype))
+    return replace(floors, read_bytes_s=max(floors.read_bytes_s, read), flops=max(floors.flops, flops))
+
+
 def read_entries(work: ModelWork, dtype: torch.dtype, drop: bool) -> Reads:
     """Read entries one by one, as the store does, for at most READ_S seconds; each is let go again."""
     memory = ExpertMemory(work.files, work.parts, dtype, drop)
@@ -199,7 +207,7 @@ def _measure_engine(
                 if own:
                     steps.append((kind, _undisturbed(own)))
                 progress.advance(cell=kind.name)
-            crowd = burst(engine, work.card.vocab, seed=options.seed)
+            crowd = burst(engine, work.card.vocab, share, options.seed)
             progress.advance(cell="burst")
         return steps, crowd, engine.stats().memory.experts_capacity
     finally:
@@ -212,11 +220,11 @@ def _undisturbed(steps: Sequence[Step]) -> list[Step]:
 
 
 def fit_steps(work: ModelWork, cells: Sequence[tuple[Kind, Sequence[Step]]]) -> Costs:
-    """The costs of all steps, every cell with the same weight however many it has.
+    """The costs of all steps, relative to the mean of their cell, every cell with the same weight.
 
     The error is that of the cells' means: single steps are off by what else the machine does.
     """
-    steps = [(step, 1 / len(own)) for _, own in cells for step in own]
+    steps = [(step, 1 / (len(own) * _mean(own) ** 2)) for _, own in cells for step in own]
     amounts = [work.amounts(step.load) for step, _ in steps]
     costs = fit(amounts, [step.seconds or 0.0 for step, _ in steps], [weight for _, weight in steps])
     errors = [_fitted(costs, work, own) / _mean(own) - 1 for _, own in cells]

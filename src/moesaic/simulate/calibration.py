@@ -253,22 +253,20 @@ def simulator(
 
 
 def fit(amounts_NF: ArrayLike, seconds_N: ArrayLike, weight_N: ArrayLike) -> Costs:
-    """The costs of least squared relative error, each at least 0: every choice of those that are not 0 is tried."""
-    amounts, seconds = np.asarray(amounts_NF, float), np.asarray(seconds_N, float)
+    """The costs of least weighted squared error, each at least 0: every choice of those that are not 0 is tried."""
     weight = np.sqrt(np.asarray(weight_N, float))
-    rows = amounts / seconds[:, None] * weight[:, None]
+    rows, wanted = np.asarray(amounts_NF, float) * weight[:, None], np.asarray(seconds_N, float) * weight
     scale = np.maximum(np.abs(rows).max(0), 1e-300)
     used = [f for f in range(rows.shape[1]) if np.any(rows[:, f])]
     best, least = np.zeros(rows.shape[1]), math.inf
     for count in range(1, len(used) + 1):
         for chosen in map(list, combinations(used, count)):
-            found = np.linalg.lstsq(rows[:, chosen] / scale[chosen], weight, rcond=None)[0]
-            error = float(((rows[:, chosen] / scale[chosen] @ found - weight) ** 2).sum())
+            found = np.linalg.lstsq(rows[:, chosen] / scale[chosen], wanted, rcond=None)[0]
+            error = float(((rows[:, chosen] / scale[chosen] @ found - wanted) ** 2).sum())
             if found.min() >= 0 and error < least * (1 - 1e-9):
                 least, best = error, np.zeros(rows.shape[1])
                 best[chosen] = found / scale[chosen]
-    names = [each.name for each in fields(Costs)[:-1]]
-    return Costs(**dict(zip(names, best.tolist(), strict=True)), error=math.sqrt(least / float((weight**2).sum())))
+    return Costs(**dict(zip([each.name for each in fields(Costs)], best.tolist(), strict=False)))
 
 
 def read_calibration(path: str | Path) -> Calibration:
