@@ -1,5 +1,7 @@
 """Stock mixtures in the engine: the tokens are those of generate(), whatever of the experts is in memory."""
 
+import time
+
 import pytest
 import torch
 import transformers as t
@@ -329,3 +331,16 @@ def test_pinned_requests_of_refactored_models_share_no_prefix(tmp_path):
     assert free.end.cached_tokens == 0
     assert free.ids == alone(reference(folder), prompt, TOKENS)
     assert pinned.ids != free.ids
+
+
+def test_running_requests_of_other_numbers_share_no_prefix(folder):
+    prompt = prompts(1, seed=8)[0] * 2
+    with engine(folder) as own:
+        other = ask(own, prompt, greedy(80, experts_per_token=1))
+        while not other.ids and not other.ended.is_set():
+            time.sleep(1e-3)
+        plain = ask(own, prompt, greedy(TOKENS)).wait()
+        own.cancel(other.number)
+        other.wait()
+    assert plain.end.cached_tokens == 0
+    assert plain.ids == alone(stock_reference(folder), prompt, TOKENS)
