@@ -58,9 +58,13 @@ def near(name: str, known: Iterable[str], what: str) -> MoesaicError:
 def make(family: Mapping[str, Callable[..., T]], what: str, name: str, **options: Any) -> T:
     """A member of a family; options that it does not take are dropped, so that one table of options serves all.
 
-    Raises MoesaicError with the nearest name for an unknown one.
+    Raises MoesaicError with the nearest name for an unknown one, and for one that needs what `options` lacks.
     """
     if name not in family:
         raise near(name, family, what)
     takes = inspect.signature(family[name]).parameters
+    gathers = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [each for each, own in takes.items() if own.default is own.empty and own.kind not in gathers]
+    if missing := [each for each in needed if each not in options]:
+        raise MoesaicError(f"the {what} {name!r} needs {', '.join(missing)}, which is not known here: choose another")
     return family[name](**{option: value for option, value in options.items() if option in takes})

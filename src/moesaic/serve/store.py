@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +46,14 @@ class ExpertReadError(MoesaicError):
         self.slots: frozenset[int] = frozenset()  # of the requests that need them, where only the step knew
 
 
+class Piece(NamedTuple):
+    """Bytes `start` to `stop` of a file, within a tensor, by its number."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
 class ExpertMemory:
     """The tensors that hold entries, in `dtype`; a row has pages only while an entry that covers it is loaded.
 
@@ -56,21 +66,21 @@ class ExpertMemory:
     ) -> None:
         self.files, self.parts, self.dtype, self.drop = files, parts, dtype, drop
         names = dict.fromkeys(part.tensor for ranges in parts.values() for part in ranges)
-        self._places = {name: files.tensors[name] for name in names}
-        self._starts: dict[str, int] = {}
-        at = 0
-        for name, place in self._places.items():
-            self._starts[name] = at
-            at += -(-_count(place.shape) * dtype.itemsize // PAGE) * PAGE
-        self._arena = Arena(at)
-        self._users = np.zeros(at // PAGE, np.int32)  # of each page, the entries that need it
-        self._pages = {key: self._pages_of(ranges) for key, ranges in parts.items()}
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._places = [files.tensors[name] for name in names]
+        sizes = [-(-_count(place.shape) * dtype.itemsize // PAGE) * PAGE for place in self._places]
+        self._starts = [0, *accumulate(sizes)]
+        self._arena = Arena(self._starts[-1])
+        self._users = np.zeros(self._starts[-1] // PAGE, np.int32)  # of each page, the entries that need it
+        self._pieces = {key: [self._piece(part) for part in ranges] for key, ranges in parts.items()}
+        self._pages = {key: self._pages_of(pieces) for key, pieces in self._pieces.items()}
         self._loaded: set[Key] = set()
         self._handles: dict[Path, tuple[int, os.stat_result]] = {}
 
     def tensor(self, name: str) -> Tensor:
         """A view of a whole tensor; rows of entries that are not loaded are zero."""
-        return self._arena.tensor(self._starts[name], self._places[name].shape, self.dtype)
+        number = self._numbers[name]
+        return self._arena.tensor(self._starts[number], self._places[number].shape, self.dtype)
 
     @property
     def resident(self) -> int:
@@ -87,8 +97,8 @@ class ExpertMemory:
             self._users[self._pages[key]] += 1
         self._loaded.update(new)
         try:
-            for part in merged(part for key in new for part in self.parts[key]):
-                self._read(part)
+            for piece in merged(piece for key in new for piece in self._pieces[key]):
+                self._read(piece)
         except BaseException:
             for key in new:
                 self.release(key)
@@ -111,33 +121,36 @@ class ExpertMemory:
             os.close(handle)
         self._handles.clear()
 
-    def _target(self, part: Part) -> tuple[int, int]:
-        place = self._places[part.tensor]
+    def _piece(self, part: Part) -> Piece:
+        return Piece(self._numbers[part.tensor], part.start, part.stop)
+
+    def _target(self, piece: Piece) -> tuple[int, int]:
+        """Where the bytes go: their range in the arena."""
+        place = self._places[piece.tensor]
         stored = DTYPES[place.dtype].itemsize
-        start, stop = (
-            self._starts[part.tensor] + (at - place.start) // stored * self.dtype.itemsize
-            for at in (part.start, part.stop)
-        )
+        base = self._starts[piece.tensor]
+        start, stop = (base + (at - place.start) // stored * self.dtype.itemsize for at in piece[1:])
         return start, stop
 
-    def _pages_of(self, parts: Sequence[Part]) -> NDArray[np.int64]:
+    def _pages_of(self, pieces: Sequence[Piece]) -> NDArray[np.int64]:
         """The pages that an entry touches, ascending."""
-        ranges = map(self._target, parts)
+        ranges = map(self._target, pieces)
         return np.unique(np.concatenate([np.arange(start // PAGE, -(-stop // PAGE)) for start, stop in ranges]))
 
-    def _read(self, part: Part) -> None:
-        handle = self._handle(part.file)
-        start, stop = self._target(part)
-        stored = DTYPES[self._places[part.tensor].dtype]
+    def _read(self, piece: Piece) -> None:
+        place = self._places[piece.tensor]
+        handle = self._handle(place.file)
+        start, stop = self._target(piece)
+        stored = DTYPES[place.dtype]
         if stored == self.dtype:
-            _read_into(handle, part, self._arena.bytes(start, stop))
+            _read_into(handle, place.file, piece.start, self._arena.bytes(start, stop))
         else:
-            raw = torch.empty(part.stop - part.start, dtype=torch.uint8)
-            _read_into(handle, part, raw.numpy().data)
+            raw = torch.empty(piece.stop - piece.start, dtype=torch.uint8)
+            _read_into(handle, place.file, piece.start, raw.numpy().data)
             count = (stop - start) // self.dtype.itemsize
             self._arena.tensor(start, (count,), self.dtype).copy_(raw.view(stored))
         if self.drop:
-            _advise(handle, "DONTNEED", part.start, part.stop - part.start)
+            _advise(handle, "DONTNEED", piece.start, piece.stop - piece.start)
 
     def _handle(self, path: Path) -> int:
         """The open file; raises MoesaicError if it is another than when it was opened first."""
@@ -155,28 +168,27 @@ class ExpertMemory:
         return handle
 
 
-def merged(parts: Iterable[Part]) -> list[Part]:
-    """The same bytes in the order of the files, neighbours in one part of at most `READ` bytes (or a single one's)."""
-    out: list[Part] = []
-    for part in sorted(parts):
-        last = out[-1] if out else None
-        joins = last is not None and (last.file, last.tensor, last.stop) == (part.file, part.tensor, part.start)
-        if last is not None and joins and part.stop - last.start <= READ:
-            out[-1] = last._replace(stop=part.stop)
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same bytes, tensor by tensor, neighbours in one piece of at most `READ` bytes (or a single one's)."""
+    out: list[Piece] = []
+    for piece in sorted(pieces):
+        tensor, start, stop = piece
+        if out and out[-1][0] == tensor and out[-1][2] == start and stop - out[-1][1] <= READ:
+            out[-1] = Piece(tensor, out[-1][1], stop)
         else:
-            out.append(part)
+            out.append(piece)
     return out
 
 
-def _read_into(handle: int, part: Part, target: memoryview) -> None:
+def _read_into(handle: int, path: Path, start: int, target: memoryview) -> None:
     done = 0
     while done < len(target):
         try:
-            count = os.preadv(handle, [target[done:]], part.start + done)
+            count = os.preadv(handle, [target[done:]], start + done)
         except OSError as error:
-            raise MoesaicError(f"{part.file} cannot be read at byte {part.start + done}: {error.strerror}") from None
+            raise MoesaicError(f"{path} cannot be read at byte {start + done}: {error.strerror}") from None
         if not count:
-            raise MoesaicError(f"{part.file} ends at byte {part.start + done}: it is truncated; copy it again")
+            raise MoesaicError(f"{path} ends at byte {start + done}: it is truncated; copy it again")
         done += count
 
 
