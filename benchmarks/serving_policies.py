@@ -4,8 +4,9 @@
 
 Requests have a trace's arrivals and its lengths divided by `--shorten`, so that they fit the model's context, and real
 texts as prompts. The load is a share of what FCFS serves with the same memory when everything comes at once. Every
-system gets the same requests; a latency is that of the client's callback. Tokens must be equal in all runs: the count
-of requests that differ is printed. Expert files are read from the disk each time (page_cache drop).
+system gets the same requests; a latency is that of the client's callback; systems take turns in rounds. Tokens must be
+equal in all runs: the count of requests that differ is printed. Expert files are read from the disk each time
+(page_cache drop).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -113,7 +115,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     prompts = prompts_for(trace, [ids for ids in texts if ids])
     span = float(trace.arrival_s[-1])
     rows, wanted = [], None
-    with Progress("policies", total=len(args.budgets) * len(SYSTEMS), unit="runs") as progress:
+    with Progress("policies", total=len(args.budgets) * len(args.systems) * args.rounds, unit="runs") as progress:
         for budget in args.budgets:
             base = EngineOptions(
                 memory=args.memory,
@@ -127,37 +129,52 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
             )
             saturated = serve(args.model, replace(base, **SYSTEMS["fcfs"]), trace, prompts, 0)["requests_per_s"]
             rate = args.load * saturated / (len(prompts) / span)
-            for name in args.systems:
+            turns = [turn(args.systems, number) for number in range(args.rounds)]
+            for number, name in ((number, name) for number, names in enumerate(turns) for name in names):
                 row = serve(args.model, replace(base, **SYSTEMS[name]), trace, prompts, rate)
                 tokens = row.pop("tokens")
                 wanted = wanted or tokens
                 differing = sum(one != two for one, two in zip(tokens, wanted, strict=True))
-                rows.append({"budget": budget, "system": name, "saturated": saturated, "differing": differing, **row})
+                own = {"budget": budget, "system": name, "round": number, "saturated": saturated}
+                rows.append({**own, "differing": differing, **row})
                 progress.advance(1)
     return rows
 
 
+def turn(names: list[str], number: int) -> list[str]:
+    """Who goes first differs from round to round."""
+    first = number % len(names)
+    return names[first:] + names[:first]
+
+
 def show(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="seconds a generated token; ratios to ours in brackets")
+    """Medians over rounds; ratios are medians of those within a round."""
+    table = Table(title="seconds a generated token; ratios to ours, by rounds, in brackets")
     for name in ("experts", "system", "mean", "p95", "TTFT p95", "hits", "moved", "stall", "experts/step", "differing"):
         table.add_column(name, justify="right")
-    for row in rows:
-        ours = next(each for each in rows if each["budget"] == row["budget"] and each["system"] == OURS)
-        own, best = row["latency_s"], ours["latency_s"]
-        cells = [
-            f"{own['normalised'][key]:.4f} ({own['normalised'][key] / best['normalised'][key]:.2f})"
-            for key in ("mean", "p95")
-        ]
+    for budget, system in dict.fromkeys((row["budget"], row["system"]) for row in rows):
+        own = [row for row in rows if (row["budget"], row["system"]) == (budget, system)]
+        ours = {row["round"]: row for row in rows if (row["budget"], row["system"]) == (budget, OURS)}
+        cells = []
+        for key in ("mean", "p95"):
+            seconds = [row["latency_s"]["normalised"][key] for row in own]
+            ratios = sorted(
+                value / ours[row["round"]]["latency_s"]["normalised"][key]
+                for value, row in zip(seconds, own, strict=True)
+                if row["round"] in ours
+            )
+            over = f" ({median(ratios):.2f}; {ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
+            cells.append(f"{median(seconds):.4f}{over}")
         table.add_row(
-            f"{row['budget']:.0%}",
-            row["system"],
+            f"{budget:.0%}",
+            system,
             *cells,
-            f"{own['ttft']['p95']:.2f}",
-            f"{row['hit_ratio']:.3f}",
-            f"{row['moved_bytes'] / 2**20:.0f} MiB",
-            f"{row['stall_share']:.1%}",
-            f"{row['experts_per_step']:.2f}",
-            str(row["differing"]),
+            f"{median(row['latency_s']['ttft']['p95'] for row in own):.2f}",
+            f"{median(row['hit_ratio'] for row in own):.3f}",
+            f"{median(row['moved_bytes'] for row in own) / 2**20:.0f} MiB",
+            f"{median(row['stall_share'] for row in own):.1%}",
+            f"{median(row['experts_per_step'] for row in own):.2f}",
+            str(sum(row["differing"] for row in own)),
         )
     return table
 
@@ -172,6 +189,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--rounds", type=int, default=3, help="a run is short: its latencies swing with the machine")
     parser.add_argument("--load", type=float, default=0.9)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-requests", type=int, default=32)
@@ -180,7 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = bench(args)
-    Console(width=140).print(show(rows))
+    Console(width=170).print(show(rows))
     if args.out is not None:
         command = "python " + " ".join(shlex.quote(Path(arg).name if "/" in arg else arg) for arg in sys.argv)
         settings = {

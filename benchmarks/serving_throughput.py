@@ -203,7 +203,7 @@ def main() -> None:
     machine = max(before, machine_now(size, cells[0], args.steps), key=lambda each: each["read_gb_s"])
     rows = [cell_row(peers, size, cell, results[cell], args.steps, machine["read_gb_s"]) for cell in cells]
     record = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *("LLAMA" if word == str(args.llama) else word for word in sys.argv)]),
         "commit": commit(),
         "environment": environment(),
         "machine": machine,
