@@ -482,10 +482,12 @@ def test_memory_and_step_time_add_up(page: Page, live: Live) -> None:
         used = [memory[name] for name in ("dense", "buffers", "experts", "kv")]
         return [as_bytes(n) for n in [*used, max(0, memory["budget"] - sum(used))]]
 
+    completion(live, PROMPT, 4)  # so that there are steps
     agree(live, lambda: [row[1] for row in page.rows("memory-rows")], wanted)
     memory = ask(live, "v1/moesaic/state")["memory"]
     assert f"Budget {as_bytes(memory['budget'])}." in page.text("memory-process")
     assert "measured" in page.text("memory-process") and memory["process"] > 0
+    wait_for(lambda: "–" not in {row[2] for row in page.rows("step-rows")})
     shares = [float(row[2].strip("<> %")) for row in page.rows("step-rows")]
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
