@@ -36,6 +36,7 @@ class Decode:
     tokens_per_s: float
     experts: float | None = None  # distinct per step and layer
     texts: list[list[int]] = field(default_factory=list)  # prompt and output
+    overhead: float | None = None  # share of the engine's step time that batching, policies and the pre-gate take
 
 
 Side = Callable[[list[list[int]], int], Decode]
@@ -228,7 +229,7 @@ class Ours:
         self.engine.start()
 
     def __call__(self, prompts: list[list[int]], steps: int) -> Decode:
-        watch = Watch(len(prompts), steps)
+        watch, before = Watch(len(prompts), steps), self.engine.stats()
         tokens = self.engine.context - len(prompts[0])
         generation = Generation(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [self.engine.submit(ids, generation, watch.deliver(i)) for i, ids in enumerate(prompts)]
@@ -240,7 +241,10 @@ class Ours:
             raise MoesaicError(f"the engine ended a request before it was timed: {watch.problem}")
         windows = decode_window(watch.stamps, steps)
         experts = [row[first:last] for row, (first, last) in zip(watch.experts, windows, strict=True)]
-        return Decode(decode_rate(watch.stamps, steps), distinct(torch.tensor(experts), len(self.engine.expert_names)))
+        after = self.engine.stats()
+        overhead = (after.overhead_s - before.overhead_s) / (after.busy_s - before.busy_s)
+        used = distinct(torch.tensor(experts), len(self.engine.expert_names))
+        return Decode(decode_rate(watch.stamps, steps), used, overhead=overhead)
 
 
 class Watch:

@@ -135,6 +135,7 @@ def cell_row(
         side = out["sides"][name]
         if name == OURS:
             experts = statistics.mean(each.experts for each in rounds if each.experts is not None)
+            side["overhead_share"] = statistics.mean(each.overhead for each in rounds if each.overhead is not None)
         else:
             random = Cell(cell.batch, cell.context + steps).prompts(size.vocabulary, 0)  # as llama-batched-bench does
             experts = distinct_by_layer(peers.model, rounds[-1].texts or random, cell.context, steps)

@@ -97,6 +97,17 @@ def test_batch_mates_change_no_bit(folder):
     assert single == together
 
 
+def test_pinned_requests_share_no_prefix(folder):
+    """Keys depend on the experts that ran: those of a pinned request are not what the routes would have made."""
+    prompt = prompts(1, seed=8)[0] * 3
+    with engine(folder) as own:
+        pinned = ask(own, prompt, greedy(TOKENS, experts=ExpertControl(pin=2))).wait()
+        free = ask(own, prompt, greedy(TOKENS)).wait()
+    assert free.end.cached_tokens == 0
+    assert free.ids == alone(reference(folder), prompt, TOKENS)
+    assert pinned.ids != free.ids
+
+
 def test_experts_told_are_the_plan(folder):
     model, (prompt,) = reference(folder), prompts(1, seed=11)
     with engine(folder) as own:

@@ -14,7 +14,7 @@ from moesaic.schedule.work import Key
 from moesaic.serve.memory_plan import plan
 from moesaic.serve.request import ExpertControl, RequestError, Routed, Token
 from moesaic.serve.store import ExpertMemory, ExpertStore
-from serving import alone, ask, ask_all, engine, greedy, letters, prompts, reference, served_folder
+from serving import alone, ask, ask_all, engine, greedy, letters, prompts
 
 E, K, TOKENS = 6, 2, 10
 SIZES = dict(num_experts=E, num_experts_per_tok=K, moe_intermediate_size=16)
@@ -320,17 +320,6 @@ def test_api_serves_it(folder):
             assert told["error"]["param"] == next(iter(refused))
         assert httpx.get(live.url + "/metrics").status_code == 200
         assert httpx.get(live.url + "/v1/moesaic/state").status_code == 200
-
-
-def test_pinned_requests_of_refactored_models_share_no_prefix(tmp_path):
-    """Keys depend on the experts that ran: those of a pinned request are not what the routes would have made."""
-    folder, prompt = served_folder(tmp_path / "m"), prompts(1, seed=8)[0] * 3
-    with engine(folder) as own:
-        pinned = ask(own, prompt, greedy(TOKENS, experts=ExpertControl(pin=2))).wait()
-        free = ask(own, prompt, greedy(TOKENS)).wait()
-    assert free.end.cached_tokens == 0
-    assert free.ids == alone(reference(folder), prompt, TOKENS)
-    assert pinned.ids != free.ids
 
 
 def test_running_requests_of_other_numbers_share_no_prefix(folder):

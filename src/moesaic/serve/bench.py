@@ -7,9 +7,9 @@ replayed in the simulator at the fitted costs: how far that is off is part of th
 import os
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -111,21 +111,8 @@ def bench(folder: str | Path, options: BenchOptions = BenchOptions()) -> Calibra
 
 def _alone(call: Callable[[], T]) -> T:
     """Run in a thread of its own: its OpenMP team ends with it and does not get in the way of the engine's."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="moesaic-bench")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(1, "moesaic-bench") as pool:
+        return pool.submit(call).result()
 
 
 def _load() -> float | None:
