@@ -47,15 +47,18 @@ FILL = 64  # keys; a multiple of the width of any vector register, so that what 
 class _Run:
     """Single tokens of requests in neighbouring slots, all with keys that fill up to `length`."""
 
-    def __init__(self, segments: Sequence[Segment], length: int) -> None:
+    def __init__(self, segments: Sequence[Segment], length: int, device: torch.device) -> None:
         self.first, self.count, self.length = segments[0].slot, len(segments), length
         self.segments = segments
         starts = [segment.start for segment in segments]
         in_order = starts == list(range(starts[0], starts[0] + len(starts)))
-        self.rows: Any = slice(starts[0], starts[0] + len(starts)) if in_order else torch.tensor(starts)
+        self.rows: Any = slice(starts[0], starts[0] + len(starts))
+        if not in_order:
+            self.rows = torch.tensor(starts, device=device)
         keys_B1 = torch.tensor([[segment.past + 1] for segment in segments])
         hidden_BL = torch.arange(length) >= keys_B1
-        self._mask = torch.zeros(len(segments), 1, 1, length).masked_fill_(hidden_BL[:, None, None], -torch.inf)
+        mask = torch.zeros(len(segments), 1, 1, length).masked_fill_(hidden_BL[:, None, None], -torch.inf)
+        self._mask = mask.to(device)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """(B, 1, 1, L): nothing added to the scores of a request's keys, minus infinity to what lies after them."""
@@ -64,7 +67,7 @@ class _Run:
         return self._mask
 
 
-def _runs(segments: Sequence[Segment], stride: int) -> list[_Run]:
+def _runs(segments: Sequence[Segment], stride: int, device: torch.device) -> list[_Run]:
     """The fewest calls for these single tokens; neighbours run together where their keys fill up alike."""
     runs: list[_Run] = []
     begun: list[Segment] = []
@@ -72,11 +75,11 @@ def _runs(segments: Sequence[Segment], stride: int) -> list[_Run]:
     for segment in sorted(segments):
         own = min(-(-(segment.past + 1) // FILL) * FILL, stride)
         if begun and (own != length or segment.slot != begun[-1].slot + 1):
-            runs.append(_Run(begun, length))
+            runs.append(_Run(begun, length, device))
             begun = []
         length = own
         begun.append(segment)
-    return runs + ([_Run(begun, length)] if begun else [])
+    return runs + ([_Run(begun, length, device)] if begun else [])
 
 
 class RaggedAttention:
@@ -85,10 +88,11 @@ class RaggedAttention:
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         self.pool = pool
         self._prompts = [segment for segment in segments if segment.tokens > 1]
-        self._runs = _runs([segment for segment in segments if segment.tokens == 1], pool.stride)
-        self.pos_N = torch.cat([torch.arange(s.past, s.past + s.tokens) for s in segments])
+        self._runs = _runs([segment for segment in segments if segment.tokens == 1], pool.stride, pool.device)
+        pos_N = torch.cat([torch.arange(s.past, s.past + s.tokens) for s in segments])
         slots = torch.tensor([s.slot for s in segments]) * pool.stride
-        self.at_N = self.pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
+        at_N = pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
+        self.pos_N, self.at_N = pos_N.to(pool.device), at_N.to(pool.device)
 
     def attend(self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scores: Scores) -> Tensor:
         """Store the step's keys and values in `layer`, then attend; (N, H, D)."""
@@ -132,7 +136,8 @@ def _many(query_SHD: Tensor, keys: Tensor, values: Tensor, past: int, scores: Sc
     tokens, length = len(query_SHD), keys.shape[1]
     mask: Any = None
     if scores.cap is not None or (scores.window is not None and length > scores.window):
-        query, key = torch.arange(past, length)[:, None], torch.arange(length)
+        key = torch.arange(length, device=keys.device)
+        query = key[past:, None]
         mask = (key <= query) & (key > query - (scores.window or length))
     elif past:
         mask = causal_lower_right(tokens, length)

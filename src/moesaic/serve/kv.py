@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import MoesaicError
-from moesaic.serve.arena import PAGE, Arena
+from moesaic.serve.arena import PAGE, Arena, DeviceRange
 
 
 class KVShape(NamedTuple):
@@ -42,10 +42,11 @@ class _Slot:
 class KVPool:
     """Slots for `slots` requests of at most `context` tokens. Slots that are acquired hold a reservation of bytes.
 
+    device: None = main memory, where pages appear as they are written; elsewhere all slots exist from the beginning.
     taken: bytes reserved by running requests and held by prefixes; both count against the budget.
     """
 
-    def __init__(self, shapes: Sequence[KVShape], slots: int, context: int) -> None:
+    def __init__(self, shapes: Sequence[KVShape], slots: int, context: int, device: torch.device | None = None) -> None:
         if not shapes or slots < 1 or context < 1:
             raise MoesaicError(f"{len(shapes)} layers, {slots} slots, context {context}: expected at least 1 of each")
         self.shapes, self.context = tuple(shapes), context
@@ -55,13 +56,18 @@ class KVPool:
         self.stride = -(-context // whole) * whole  # rows of a slot
         sizes = [shape.row * self.stride * slots for shape in shapes for _ in "kv"]
         self._starts = [0, *accumulate(sizes)]
-        self._arena = Arena(self._starts[-1])
+        self._arena = Arena(self._starts[-1]) if device is None else DeviceRange(self._starts[-1], device)
         self._matrices = [
             self._arena.tensor(start, (slots * self.stride, shape.heads, shape.width), shape.dtype)
             for start, shape in zip(self._starts, (shape for shape in shapes for _ in "kv"), strict=False)
         ]
         self._ends = 0
         self.taken = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self._matrices[0].device
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes of pages that `tokens` tokens of one request take."""

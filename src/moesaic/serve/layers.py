@@ -52,7 +52,8 @@ class FusedLayer(nn.Module):
         self.index, self.scores, self.width = index, scores, own.head_dim
         self.heads, self.groups = (len(matrix.weight) // self.width for matrix in (own.q_proj, own.k_proj))
         self.rotation = rotation
-        self.scale_AK: Tensor | None = None
+        self.scale_AK: Tensor | None
+        self.register_buffer("scale_AK", None, persistent=False)
         if hasattr(own, "q_norm"):
             self._norm_heads(own.q_norm, own.k_norm)
 

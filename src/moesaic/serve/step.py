@@ -42,12 +42,14 @@ class Part:
 class TokenOrder:
     """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are."""
 
-    def __init__(self, expert_N: NDArray[np.int16]) -> None:
+    def __init__(self, expert_N: NDArray[np.int16], device: torch.device) -> None:
         counts = np.bincount(expert_N)
         ends = np.cumsum(counts)
         self.slices = {int(e): slice(int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)}
         sorted_already = bool((expert_N[1:] >= expert_N[:-1]).all())
-        self.order = None if sorted_already else torch.from_numpy(np.argsort(expert_N, kind="stable"))
+        self.order = None
+        if not sorted_already:
+            self.order = torch.from_numpy(np.argsort(expert_N, kind="stable")).to(device)
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """Rows by expert."""
@@ -76,7 +78,7 @@ class Backbone:
 
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
-        tokens = TokenOrder(np.concatenate([part.experts for part in parts]))
+        tokens = TokenOrder(np.concatenate([part.experts for part in parts]), self.pool.device)
 
         def ffn(layer: int, x_ND: Tensor) -> Tensor:
             x_ND = tokens.gather(x_ND)
@@ -100,12 +102,13 @@ class Backbone:
         step = RaggedAttention(self.pool, segments(parts))
         rows = np.cumsum([len(part.ids) for part in parts]) - 1
         wanted = [row for row, part in zip(rows.tolist(), parts, strict=True) if part.last]
+        device = self.pool.device
         with attention.current.use(step):
             out = self.model.backbone(
-                input_ids=torch.tensor([[token for part in parts for token in part.ids]]),
+                input_ids=torch.tensor([[token for part in parts for token in part.ids]], device=device),
                 position_ids=step.pos_N[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(wanted or [0]),
+                logits_to_keep=torch.tensor(wanted or [0], device=device),
             )
         logits: Tensor = out.logits[0, : len(wanted)]
         return logits
