@@ -26,6 +26,11 @@ class LivePrices:
         self.memory_rate = memory_rate(device)
         self._sums = [0.0] * 5  # weight, tokens, seconds, tokens^2, tokens * seconds
 
+    @property
+    def complete(self) -> bool:
+        """Whether every entry is there."""
+        return self.store.complete
+
     def fetch_s(self, key: Key) -> float:
         """Seconds to read an entry that is not there."""
         return 0.0 if key in self.residency else self.residency.layout.bytes[key] / (self.store.bytes_s or DISK)
