@@ -95,9 +95,15 @@ class RaggedAttention:
         self.pos_N, self.at_N = pos_N.to(pool.device), at_N.to(pool.device)
 
     def attend(self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scores: Scores) -> Tensor:
-        """Store the step's keys and values in `layer`, then attend; (N, H, D)."""
-        self.pool.write(layer, self.at_N, key_NGD, value_NGD)
+        """Store the step's keys and values in `layer`, then attend; (N, H, D).
+
+        Rows after the step's tokens, which fill it up, stay out of it: zeros.
+        """
+        tokens = len(self.at_N)
         out_NHD = torch.empty_like(query_NHD)
+        if len(query_NHD) > tokens:
+            out_NHD[tokens:] = 0
+        self.pool.write(layer, self.at_N, key_NGD[:tokens], value_NGD[:tokens])
         for segment in self._prompts:
             keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
             rows = slice(segment.start, segment.start + segment.tokens)

@@ -145,7 +145,7 @@ def _seen(layer: nn.Module, width: int) -> _Seen:
     norm: Any = layer.norm if isinstance(layer, FusedLayer) else layer.input_layernorm
     x = torch.randn(1, positions.shape[1], len(norm.weight), generator=generator)
     angle = torch.rand(1, positions.shape[1], width // 2, generator=generator).mul(6.0).repeat(1, 1, 2)
-    recorder = _Recorder()
+    recorder = Recorder()
     with attention.current.use(recorder):  # type: ignore[arg-type]
         out = layer(
             x.to(weight.dtype),
@@ -158,7 +158,7 @@ def _seen(layer: nn.Module, width: int) -> _Seen:
     return _Seen(*recorder.call, out[0] if isinstance(out, tuple) else out)
 
 
-class _Recorder:
+class Recorder:
     """Stands for a step's attention: keeps what it is asked, and answers with something that depends on all of it."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:

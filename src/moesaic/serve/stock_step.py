@@ -22,6 +22,8 @@ from moesaic.serve.store import ExpertReadError, ExpertStore
 class StockBackbone(Backbone):
     """A loaded mixture with its experts and its keys."""
 
+    filled = False  # the routers would choose experts for such rows too
+
     def __init__(self, model: ServedStock, experts: Sequence[StockExperts], store: ExpertStore, pool: KVPool) -> None:
         super().__init__(model, (), store, pool)
         self.stock, self.by_layer = model, experts
