@@ -30,6 +30,12 @@ Device = Annotated[str | None, typer.Option(help="An accelerator that computes a
 HostMemory = Annotated[
     str | None, typer.Option(help="Main memory for experts that --device does not hold. Default: what is available.")
 ]
+Calibration = Annotated[
+    Path | None, typer.Option(help="What moesaic bench wrote: routes in that model, at the seconds measured there.")
+]
+PageCache = Annotated[
+    str, typer.Option(help="With --calibration: experts come from the page cache (keep) or the disk (drop).")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
