@@ -234,7 +234,8 @@ def test_the_plan_counts_what_the_device_holds(folder):
     assert there.kv == there.requests * there.kv_request
     with engine(folder, device="cpu", memory="1GiB", host_memory="1MiB", context=64) as own:
         pool = own.runner.pool
-        assert pool._arena.size == plan(folder, memory="1GiB", device="cpu", context=64).kv
+        planned = plan(folder, memory="1GiB", device="cpu", context=64).kv
+        assert 0 < pool._arena.size <= planned
 
 
 def test_fewer_requests_than_wanted_where_their_keys_do_not_fit(folder, wanted):

@@ -89,21 +89,23 @@ class RaggedAttention:
         self.pool = pool
         self._prompts = [segment for segment in segments if segment.tokens > 1]
         self._runs = _runs([segment for segment in segments if segment.tokens == 1], pool.stride, pool.device)
-        pos_N = torch.cat([torch.arange(s.past, s.past + s.tokens) for s in segments])
-        slots = torch.tensor([s.slot for s in segments]) * pool.stride
-        at_N = pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
-        self.pos_N, self.at_N = pos_N.to(pool.device), at_N.to(pool.device)
+        positions = [position for s in segments for position in range(s.past, s.past + s.tokens)]
+        slots = [s.slot for s in segments for _ in range(s.tokens)]
+        self.pos_N, self._slot_N = torch.tensor(positions, device=pool.device), torch.tensor(slots, device=pool.device)
+        self._places: dict[int, Tensor] = {}
 
     def attend(self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scores: Scores) -> Tensor:
         """Store the step's keys and values in `layer`, then attend; (N, H, D).
 
         Rows after the step's tokens, which fill it up, stay out of it: zeros.
         """
-        tokens = len(self.at_N)
+        tokens, heads = len(self.pos_N), key_NGD.shape[1]
         out_NHD = torch.empty_like(query_NHD)
         if len(query_NHD) > tokens:
             out_NHD[tokens:] = 0
-        self.pool.write(layer, self.at_N, key_NGD[:tokens], value_NGD[:tokens])
+        if heads not in self._places:
+            self._places[heads] = self.pool.places(heads, self._slot_N, self.pos_N)
+        self.pool.write(layer, self._places[heads], key_NGD[:tokens], value_NGD[:tokens])
         for segment in self._prompts:
             keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
             rows = slice(segment.start, segment.start + segment.tokens)

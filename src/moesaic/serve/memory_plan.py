@@ -92,7 +92,8 @@ class MemoryPlan:
 class Needs:
     """What a model takes whatever the budget.
 
-    row_bytes: one token's keys in each layer, the pre-gate's after the backbone's; values take the same.
+    heads:     of each layer with keys, the pre-gate's after the backbone's, how many heads and the bytes of one token's
+               key in one; values take the same.
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
     packs:     what packed copies of all experts take; worth having, never needed.
     """
@@ -100,7 +101,7 @@ class Needs:
     dense: int
     fixed: int
     context_token: int
-    row_bytes: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
     kernels: int
     packs: int
     all_experts: int
@@ -108,8 +109,8 @@ class Needs:
     model_context: int | None
 
     def kv(self, context: int) -> int:
-        """Keys and values of one request: a slot's pages in every layer."""
-        return sum(2 * pages(row * context) for row in self.row_bytes)
+        """Keys and values of one request: a slot's pages, by head, in every layer."""
+        return sum(2 * count * pages(row * context) for count, row in self.heads)
 
     def buffers(self, context: int) -> int:
         """Everything that is neither weights nor keys."""
@@ -172,7 +173,7 @@ def plan(
         kv=kv,
         all_experts=needs.all_experts,
         least_experts=needs.least_experts,
-        kv_token=2 * sum(needs.row_bytes),
+        kv_token=2 * sum(count * row for count, row in needs.heads),
         kv_request=needs.kv(chosen),
         kv_full=full,
         context=chosen,
@@ -271,11 +272,12 @@ def needs_of(
     # Of one row: logits as computed, and in float32 with their probabilities and an order of them with its places.
     row = vocab * (item + 4 + 4 + 4 + 8)
     pregate = config.get("pregate") or {}
-    gate_rows: list[int] = []
+    gate_heads: list[tuple[int, int]] = []
     gate_token = 0
     if pregate:
         gate_width = _number(pregate, "width")
-        gate_rows = [4 * gate_width] * _number(pregate, "layers")
+        count = _number(pregate, "heads")
+        gate_heads = [(count, 4 * gate_width // count)] * _number(pregate, "layers")
         gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
     paging = kernels = base_bytes = packs = 0
     if device is None:
@@ -289,7 +291,7 @@ def needs_of(
         dense=dense,
         fixed=base_bytes + kernels + max(largest, max_tokens * token + max_requests * row) + paging,
         context_token=mask + gate_token,
-        row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
+        heads=(*[(shape.heads, shape.keys // shape.heads * item)] * shape.layers, *gate_heads),
         kernels=kernels,
         packs=packs,
         all_experts=layout.total_bytes,
@@ -330,11 +332,12 @@ def _optional(config: Mapping[str, Any], *names: str) -> int | None:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Numbers of one token in one layer: `keys` of them in its keys, and as many in its values."""
+    """Numbers of one token in one layer: `keys` of them in its keys, of all `heads`, and as many in its values."""
 
     layers: int
     query: int
     keys: int
+    heads: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "AttentionShape":
@@ -349,7 +352,8 @@ class AttentionShape:
         heads = _number(config, "num_attention_heads", "n_head", "n_heads")
         width = _optional(config, "head_dim") or _number(config, "hidden_size", "n_embd", "d_model") // heads
         shared = 1 if config.get("multi_query") else heads
-        return cls(layers, heads * width, width * (_optional(config, "num_key_value_heads", "num_kv_heads") or shared))
+        groups = _optional(config, "num_key_value_heads", "num_kv_heads") or shared
+        return cls(layers, heads * width, width * groups, groups)
 
 
 def _model_context(config: Mapping[str, Any]) -> int | None:
