@@ -122,11 +122,18 @@ class RaggedAttention:
 
 
 def _together(query_BHD: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
-    """One query each against (B, G, L, D) keys and values; (B, H, D)."""
+    """One query each against (B, G, L, D) keys and values; (B, H, D).
+
+    The heads of a group are filled up to 2, 4, 8, ...: with other numbers the sums of float32 depend on which thread
+    makes them, and so on how many requests share the call.
+    """
     tokens, heads, width = query_BHD.shape
     folded = query_BHD.reshape(tokens, keys.shape[1], -1, width)
+    own = folded.shape[2]
+    if more := max(2, 1 << (own - 1).bit_length()) - own:
+        folded = F.pad(folded, (0, 0, 0, more))
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scores.scale)
-    return out.reshape(tokens, heads, width)
+    return out[:, :, :own].reshape(tokens, heads, width)
 
 
 def _one(query_HD: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
