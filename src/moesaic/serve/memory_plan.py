@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
-from moesaic.experts.buckets import LEAST, bucket
+from moesaic.experts.buckets import LEAST, PLAIN_LEAST, bucket
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
 from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Parts, expert_entries, read_json
@@ -399,7 +399,7 @@ def _kernels(layout: Layout, parts: Parts, files: ModelFiles, dtype: str, max_to
     stored = {part.tensor for ranges in parts.values() for part in ranges}
     dense = {place.shape for name, place in files.tensors.items() if name not in stored and len(place.shape) == 2}
     experts = {sum(layout.bytes[key] for key in keys) for keys in layout.entries.values()}  # as many as widths
-    packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, 1))
+    packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, PLAIN_LEAST))
     kernels = len(dense) * packed + (2 * len(experts) * plain if dtype == "bfloat16" else 0)
     return KERNEL * min(KERNELS, kernels)
 
