@@ -33,6 +33,9 @@ class Packs:
     _copies: OrderedDict[tuple[int, int], tuple[PackedWeight, ...]] = field(default_factory=OrderedDict)
     _uses: dict[tuple[int, int], int] = field(default_factory=dict)
 
+    def __contains__(self, at: tuple[int, int]) -> bool:
+        return at in self._copies
+
     def get(self, at: tuple[int, int]) -> tuple[PackedWeight, ...] | None:
         """The matrices of (layer, expert) as they were offered, if they lie packed."""
         copy = self._copies.get(at)
@@ -72,6 +75,10 @@ class BlockExperts:
     def __init__(self, blocks: ChannelBlocks, layer: int, packs: Packs, rows: Rows | None = None) -> None:
         self.blocks, self.layer, self.packs = blocks, layer, packs
         self._rows = self._own if rows is None else rows
+
+    def packed(self, expert: int) -> bool:
+        """Whether it fills up rows by itself, so that rows more than there are tokens cost nothing."""
+        return (self.layer, expert) in self.packs
 
     def run(self, expert: int, x_MD: Tensor) -> Tensor:
         """(M, D) -> (M, D)."""

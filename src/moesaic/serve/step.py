@@ -43,12 +43,16 @@ class Part:
 
 
 class TokenOrder:
-    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are."""
+    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are.
+
+    only: the expert of all, None where there are several.
+    """
 
     def __init__(self, expert_N: NDArray[np.int16], device: torch.device) -> None:
         counts = np.bincount(expert_N)
         ends = np.cumsum(counts)
         self.slices = {int(e): slice(int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)}
+        self.only = next(iter(self.slices)) if len(self.slices) == 1 else None
         sorted_already = bool((expert_N[1:] >= expert_N[:-1]).all())
         self.order = None
         if not sorted_already:
@@ -88,6 +92,8 @@ class Backbone:
         tokens = TokenOrder(np.concatenate([part.experts for part in parts]), self.pool.device)
 
         def ffn(layer: int, x_PD: Tensor) -> Tensor:
+            if complete and tokens.only is not None and self.experts[layer].packed(tokens.only):
+                return self.experts[layer].run(tokens.only, x_PD)
             y_ND = run(layer, x_PD[:count])
             return y_ND if len(x_PD) == count else F.pad(y_ND, (0, 0, 0, len(x_PD) - count))
 
