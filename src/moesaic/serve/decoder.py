@@ -48,6 +48,8 @@ class FusedDecoder(Decoder):
         self.filled = filled
         if not self.layers or not all(isinstance(layer, FusedLayer) for layer in self.layers):
             raise TypeError("layers that are not fused")
+        for layer in self.layers:
+            layer.settle()
 
     def __call__(self, ids_N: Tensor, pos_N: Tensor, rows_R: Tensor) -> Tensor:
         """As transformers' model."""
@@ -56,7 +58,7 @@ class FusedDecoder(Decoder):
         hidden = self.embed(ids_N[None])
         angles = self.rotary(hidden, pos_N[None])
         for layer in self.layers:
-            hidden = layer(hidden, angles)
+            hidden = layer.forward(hidden, angles)
         logits: Tensor = self.head(self.norm(hidden[0, rows_R]))
         return logits
 

@@ -6,6 +6,7 @@ left. A layer that does anything else stays as it is.
 Shapes: N tokens, D model width, H query heads, G key-value heads, K head width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class FusedLayer(nn.Module):
         self.index, self.scores, self.width = index, scores, own.head_dim
         self.heads, self.groups = (len(matrix.weight) // self.width for matrix in (own.q_proj, own.k_proj))
         self.rotation = rotation
+        self._calls: tuple[Callable[..., Tensor], ...] = ()
         self.scale_AK: Tensor | None
         self.register_buffer("scale_AK", None, persistent=False)
         if hasattr(own, "q_norm"):
@@ -64,19 +66,24 @@ class FusedLayer(nn.Module):
         scales = [query.weight] * self.heads + [key.weight] * self.groups
         self.scale_AK, self.eps = torch.stack([scale.detach() for scale in scales]), query.eps
 
+    def settle(self) -> None:
+        """Its parts are final: look them up once, and call them without what a module's call looks for."""
+        parts = (self.norm, self.qkv, self.out, self.ffn_norm, self.ffn)
+        self._calls = tuple(part.forward for part in parts)
+
     def forward(self, hidden_states: Tensor, position_embeddings: Angles, **kwargs: Any) -> Tensor:
         """(1, N, D) -> (1, N, D); the keyword arguments are those of transformers' layers."""
         step = attention.current.value
         assert step is not None
-        qkv = self.qkv(self.norm(hidden_states)).view(hidden_states.shape[1], -1, self.width)
+        norm, project, out, ffn_norm, ffn = self._calls or (self.norm, self.qkv, self.out, self.ffn_norm, self.ffn)
+        qkv = project(norm(hidden_states)).view(hidden_states.shape[1], -1, self.width)
         qk, value = qkv[:, : self.heads + self.groups], qkv[:, self.heads + self.groups :]
         if self.scale_AK is not None:
             qk = F.rms_norm(qk, (self.width,), eps=self.eps) * self.scale_AK
         qk = self.rotation.turn(qk, position_embeddings)
         attended = step.attend(self.index, qk[:, : self.heads], qk[:, self.heads :], value, self.scores)
-        hidden_states = hidden_states + self.out(attended.reshape(1, len(attended), -1))
-        out: Tensor = hidden_states + self.ffn(self.ffn_norm(hidden_states))
-        return out
+        hidden_states = hidden_states + out(attended.reshape(1, len(attended), -1))
+        return hidden_states + ffn(ffn_norm(hidden_states))
 
 
 def _stacked(linears: list[Any]) -> Any:
