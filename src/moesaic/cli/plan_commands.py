@@ -36,6 +36,7 @@ def plan(
     max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Matrices kept as stored, int8 or int4.")] = "stored",
     calibration: Annotated[
         Path | None, typer.Option(help="What moesaic bench wrote for MODEL: the plan says how fast it will be.")
     ] = None,
@@ -55,6 +56,7 @@ def plan(
         max_requests=max_requests,
         max_tokens=max_tokens,
         dtype=dtype,
+        weights=weights,
     )
     speed = None if calibration is None else _speed(result, calibration)
     if as_json:
@@ -121,7 +123,7 @@ def _table(result: "MemoryPlan") -> "Table":
 
     from moesaic.files import human_bytes
 
-    table = Table(title=f"{human_bytes(result.budget)} for {result.model} in {result.dtype}", box=SIMPLE)
+    table = Table(title=f"{human_bytes(result.budget)} for {result.model} in {result.dtype}{_weights(result)}", box=SIMPLE)
     for name in ("use", "size", "share"):
         table.add_column(name, justify="left" if name == "use" else "right")
     table.add_column("", width=BAR)
@@ -132,6 +134,10 @@ def _table(result: "MemoryPlan") -> "Table":
         table.add_row(name, human_bytes(count), f"{count / result.budget:.1%}", bar, text)
         begin += count
     return table
+
+
+def _weights(result: "MemoryPlan") -> str:
+    return "" if result.weights == "stored" else f", weights in {result.weights}"
 
 
 def _uses(result: "MemoryPlan") -> list[tuple[str, int, str, str]]:

@@ -23,6 +23,7 @@ def serve(
     memory: Annotated[str | None, typer.Option(help="Memory of a replica, as 8GiB; see moesaic plan.")] = None,
     experts: Annotated[str | None, typer.Option(help="Memory for experts: bytes, 2GiB, or a share of all.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Matrices kept as stored, int8 or int4.")] = "stored",
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait beyond those; more get 429.")] = 1024,
@@ -66,6 +67,7 @@ def serve(
         memory=memory,
         experts=_share(experts),
         dtype=dtype,  # type: ignore[arg-type]
+        weights=weights,  # type: ignore[arg-type]
         max_tokens=max_tokens,
         max_requests=max_requests,
         max_waiting=max_waiting,

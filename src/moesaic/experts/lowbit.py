@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.experts.lowbit_sizes import filled_inputs, filled_outputs, group_of
+from moesaic.experts.lowbit_sizes import LEAST_OUTPUTS, filled_inputs, filled_outputs, group_of
 from moesaic.experts.packed import PackedLinear, steady
 
 TILE = 64  # outputs that torch's 4-bit order keeps together, at most
 AT_ONCE = 2**20  # numbers that are made small in one go: in between they are large
-LEAST_OUTPUTS = 16  # linear layers with fewer stay as they are: they decide much and weigh nothing
 
 
 @cache

@@ -10,6 +10,7 @@ from moesaic.errors import MoesaicError
 BITS = {"int8": 8, "int4": 4}
 WEIGHTS = ("stored", *BITS)
 VECTOR = 16  # inputs of an 8-bit matrix come in such numbers, outputs of a 4-bit one
+LEAST_OUTPUTS = 16  # linear layers with fewer stay as they are: they decide much and weigh nothing
 GROUPS = (64, 32)  # inputs that share a scale and a zero with 4 bits: the first that divides their number
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moesaic.errors import MoesaicError
+from moesaic.experts.lowbit_sizes import bits_of
 from moesaic.models.loading import stored_dtype
 from moesaic.schedule.family import BATCHERS, EVICTIONS, PREDICTORS, make
 from moesaic.schedule.residency import Residency
@@ -20,16 +21,18 @@ from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
 from moesaic.serve.kv import KVPool
 from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_dtype
+from moesaic.serve.lowbit_entries import served_entries
+from moesaic.serve.lowbit_memory import QuantizedExperts, QuantizedMemory
 from moesaic.serve.memory import MemorySplit
 from moesaic.serve.memory_plan import MemoryPlan, plan
-from moesaic.serve.model_files import expert_entries
+from moesaic.serve.model_files import ModelFiles
 from moesaic.serve.options import EngineOptions
 from moesaic.serve.prices import LivePrices
 from moesaic.serve.runner import Machine, Runner
 from moesaic.serve.step import Backbone
 from moesaic.serve.stock import ServedStock, StockExperts, expert_matrices
 from moesaic.serve.stock_step import StockBackbone
-from moesaic.serve.store import ExpertMemory, ExpertStore
+from moesaic.serve.store import EntryMemory, ExpertMemory, ExpertStore
 
 PRE_GATE, STICKY = "exact-pre-gate", "previous-step"  # what is expected, and what instead where no pre-gate knows
 
@@ -52,8 +55,10 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
         max_requests=options.max_requests,
         max_tokens=options.max_tokens,
         dtype=options.dtype,
+        weights=options.weights,
     )
-    loaded = load(folder, served_dtype(stored_dtype(folder), options.dtype), options.pack)
+    dtype = served_dtype(stored_dtype(folder), options.dtype)
+    loaded = load(folder, dtype, options.pack, bits_of(options.weights))
     pool = KVPool(loaded.kv, options.max_requests, planned.context)
     store, memory = _store(loaded, options, planned)
     model, packs = loaded.model, Packs()
@@ -78,20 +83,27 @@ def _gate_layers(model: ServedMoesaic | ServedStock) -> int:
 def _backbone(loaded: Loaded, store: ExpertStore, pool: KVPool, packs: Packs) -> Backbone:
     model = loaded.model
     if isinstance(model, ServedStock):
-        memory = store.memory
-        matrices = [expert_matrices(each, loaded.files, memory.parts, memory.tensor) for each in model.experts]
-        layers = [StockExperts(*each, packs) for each in zip(model.experts, matrices, strict=True)]
-        return StockBackbone(model, layers, store, pool)
-    experts = [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
+        return StockBackbone(model, _stock_layers(loaded.files, model, store.memory, packs), store, pool)
+    experts: list[Any] = [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
+    if isinstance(memory := store.memory, QuantizedMemory):
+        layers = enumerate(zip(experts, model.blocks, strict=True))
+        experts = [QuantizedExperts(memory, layer, own.activate, blocks.down_bias) for layer, (own, blocks) in layers]
     return Backbone(model, experts, store, pool)
 
 
+def _stock_layers(files: ModelFiles, model: ServedStock, memory: Any, packs: Packs) -> list[Any]:
+    source: ExpertMemory = memory.source if isinstance(memory, QuantizedMemory) else memory
+    matrices = [expert_matrices(each, files, source.parts, source.tensor) for each in model.experts]
+    if isinstance(memory, QuantizedMemory):
+        return [QuantizedExperts(memory, each.layer, each.own._apply_gate) for each in model.experts]
+    return [StockExperts(*each, packs) for each in zip(model.experts, matrices, strict=True)]
+
+
 def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple[ExpertStore, MemorySplit]:
-    layout, parts = expert_entries(loaded.model.config.to_dict(), loaded.files, loaded.dtype.itemsize)
-    memory = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
+    layout, source, memory = _memory(loaded, options)
     if isinstance(loaded.model, ServedMoesaic):
         for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
-            fill_blocks(blocks, name, memory.tensor, loaded.files.tensors)
+            fill_blocks(blocks, name, source.tensor, loaded.files.tensors)
     elif options.predictor == PRE_GATE:
         options = replace(options, predictor=STICKY)
     split = MemorySplit(
@@ -103,6 +115,16 @@ def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple
         fixed=planned.experts if options.experts is not None else None,
     )
     return ExpertStore(memory, partial(_residency, layout, options, split.for_experts(0))), split
+
+
+def _memory(loaded: Loaded, options: EngineOptions) -> tuple[Layout, ExpertMemory, EntryMemory]:
+    """What is cached, what reads it from the files, and what holds it."""
+    config, bits = loaded.model.config.to_dict(), bits_of(options.weights)
+    layout, parts = served_entries(config, loaded.files, options.weights, loaded.dtype.itemsize)
+    source = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
+    if bits is None:
+        return layout, source, source
+    return layout, source, QuantizedMemory(source, layout.bytes, bits, transposed=bool(config.get("layouts")))
 
 
 def _residency(layout: Layout, options: EngineOptions, capacity: int, left: Callable[[Key], None]) -> Residency:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moesaic.configuration import MoesaicConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.channel_blocks import ChannelBlocks
+from moesaic.experts.lowbit import quantize_linears
 from moesaic.experts.packed import pack_linears
 from moesaic.models.loading import load_tokenizer
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
@@ -77,8 +78,10 @@ class Loaded:
     packed_bytes: int
 
 
-def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
+def load(folder: Path, dtype: torch.dtype, pack: bool = True, bits: int | None = None) -> Loaded:
     """Load everything but the experts of a refactored model, or of a mixture as transformers ships it.
+
+    bits: of a weight in the backbone's linear layers, None = as stored. The pre-gate stays as it is, so routes do.
 
     Raises MoesaicError if it is neither, tensors are missing, or its attention cannot be served.
     """
@@ -98,7 +101,12 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
     if pack:
         fuse_norms(model.backbone)
         fuse_layers(model.backbone)
-    packed = pack_linears(model.backbone) if pack else 0
+    packed = 0
+    if bits is not None:
+        gates: list[nn.Module] = model.gates if isinstance(model, ServedStock) else []
+        quantize_linears(model.backbone, bits, keep={*gates})
+    elif pack:
+        packed = pack_linears(model.backbone)
     if model.pregate is not None and pack:
         packed += pack_linears(model.pregate.layers)
     return Loaded(model, load_tokenizer(folder), files, dtype, kv_shapes(model), packed)

@@ -10,11 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moesaic.errors import MoesaicError
-from moesaic.experts.lowbit_sizes import bits_of, filled_inputs, tensor_bytes
+from moesaic.experts.lowbit_sizes import LEAST_OUTPUTS, bits_of, filled_inputs, tensor_bytes
 from moesaic.schedule.work import Key, Layout
-from moesaic.serve.model_files import BITS, ModelFiles, Part, Parts, expert_entries
+from moesaic.serve.model_files import BITS, ModelFiles, Part, Parts, TensorPlace, expert_entries
 
 PAGE = mmap.PAGESIZE
+PREGATE = "pregate."  # always float32
+HEADS = ("lm_head.weight", "embed_out.weight")
+POSITIONS = ("wpe.", "embed_positions.", "position_embeddings.")
+ROUTER = re.compile(r".*\.(gate|router)(\.\w+)?\.weight")
+CONV1D = ("gpt2", "openai-gpt")
 GATE = re.compile(r".*\b(gate|gate_bias|gate_proj|gate_up_proj|w1)(\.weight)?")
 LINE = 64  # bytes; where in an entry a tensor may begin
 DOWN = re.compile(r".*\b(down|down_proj|w2)(\.weight)?")
@@ -54,6 +59,24 @@ def served_entries(
     for key, ranges in sorted(whole.items()):
         sizes.setdefault(key.layer, []).append(shape_of(files, ranges).bytes(bits, item))
     return Layout.layer_experts([sizes[layer] for layer in sorted(sizes)]), whole
+
+
+def quantized(name: str, place: TensorPlace, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor outside of experts is a linear layer's matrix that is kept in few bits.
+
+    config: the decoder's own. Routers and what has few outputs stay as they are, and so do layers that are no nn.Linear.
+    """
+    if len(place.shape) != 2 or name.startswith(PREGATE) or place.shape[0] < LEAST_OUTPUTS:
+        return False
+    if name.endswith(HEADS):
+        return True
+    return not (looked_up(name, place, config) or ROUTER.fullmatch(name) or config.get("model_type") in CONV1D)
+
+
+def looked_up(name: str, place: TensorPlace, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is an embedding: a few of its rows are read."""
+    vocabulary = len(place.shape) == 2 and place.shape[0] == config.get("vocab_size") and not name.endswith(HEADS)
+    return vocabulary or any(part in name for part in POSITIONS)
 
 
 def whole_experts(layout: Layout, parts: Parts) -> Parts:

@@ -18,6 +18,7 @@ from moesaic.serve import attention
 from moesaic.serve.attention import RaggedAttention, Segment
 from moesaic.serve.experts import BlockExperts
 from moesaic.serve.kv import KVPool
+from moesaic.serve.lowbit_memory import QuantizedExperts
 from moesaic.serve.store import ExpertStore
 
 
@@ -64,7 +65,7 @@ class Backbone:
     routes: work items with calls in the first layer that has experts, where the step that ran has found them out.
     """
 
-    def __init__(self, model: Any, experts: Sequence[BlockExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(self, model: Any, experts: Sequence[BlockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool) -> None:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
         self.routes: list[WorkItem] = []
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesaic.schedule.work import Call, Key, Known, WorkItem
 from moesaic.serve.kv import KVPool
+from moesaic.serve.lowbit_memory import QuantizedExperts
 from moesaic.serve.step import Backbone, Part
 from moesaic.serve.stock import ServedStock, StockExperts
 from moesaic.serve.store import ExpertReadError, ExpertStore
@@ -22,7 +23,7 @@ from moesaic.serve.store import ExpertReadError, ExpertStore
 class StockBackbone(Backbone):
     """A loaded mixture with its experts and its keys."""
 
-    def __init__(self, model: ServedStock, experts: Sequence[StockExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(self, model: ServedStock, experts: Sequence[StockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool) -> None:
         super().__init__(model, (), store, pool)
         self.stock, self.by_layer = model, experts
         self._single: dict[tuple[int, int], Call] = {}
@@ -69,9 +70,8 @@ class StockStep:
         """(N, D): the weighted sum of each token's experts."""
         pairs = Pairs(index_NK, weight_NK)
         experts = self.backbone.by_layer[layer]
-        count = len(experts.matrices)
         out_PD = hidden_ND.new_zeros(len(pairs.weight_P), hidden_ND.shape[-1])
-        calls = [self.backbone.call(layer, e, tokens) for e, tokens in pairs.groups() if e < count]
+        calls = [self.backbone.call(layer, e, tokens) for e, tokens in pairs.groups() if e < experts.count]
         self.routes.append(calls)
         if not self.complete or not self.first:
             items = self._items(calls, pairs)

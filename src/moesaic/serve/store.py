@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -201,6 +201,21 @@ def _count(shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
+class EntryMemory(Protocol):
+    """What a store moves entries with."""
+
+    @property
+    def resident(self) -> int:
+        """Bytes that entries hold."""
+        ...
+
+    def load(self, *keys: Key) -> None: ...
+
+    def release(self, key: Key) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class ExpertStore:
     """A residency whose transfers are real. The engine's thread calls everything; one thread of the store's own reads.
 
@@ -210,7 +225,7 @@ class ExpertStore:
     bytes_s:   bytes a second of recent reads, None before the first.
     """
 
-    def __init__(self, memory: ExpertMemory, residency: Callable[[Callable[[Key], None]], Residency]) -> None:
+    def __init__(self, memory: EntryMemory, residency: Callable[[Callable[[Key], None]], Residency]) -> None:
         self.memory = memory
         self.stall_s = self.books_s = 0.0
         self.complete = False
