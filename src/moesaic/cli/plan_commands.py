@@ -123,7 +123,9 @@ def _table(result: "MemoryPlan") -> "Table":
 
     from moesaic.files import human_bytes
 
-    table = Table(title=f"{human_bytes(result.budget)} for {result.model} in {result.dtype}{_weights(result)}", box=SIMPLE)
+    table = Table(
+        title=f"{human_bytes(result.budget)} for {result.model} in {result.dtype}{_weights(result)}", box=SIMPLE
+    )
     for name in ("use", "size", "share"):
         table.add_column(name, justify="left" if name == "use" else "right")
     table.add_column("", width=BAR)

@@ -33,9 +33,7 @@ def serve(
     lookahead: Annotated[int, typer.Option(help="Layers whose experts are fetched ahead; 0 = on demand.")] = 1,
     max_wait: Annotated[float, typer.Option(help="Longest a ready token is passed over, in seconds.")] = 1.0,
     page_cache: Annotated[str, typer.Option(help="keep, or drop to force reads from the disk.")] = "keep",
-    api_key: Annotated[
-        list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS} with commas. None = everybody.")
-    ] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS}, with commas.")] = None,
     per_minute: Annotated[int, typer.Option(help="Requests a key may make in a minute; 0 = any number.")] = 0,
     most_output: Annotated[
         int | None, typer.Option(help="Tokens of an answer whose request names no number. Default: the context.")

@@ -9,7 +9,7 @@ So many rows take many times as long as one, and products of prompts go another 
 Shapes: N rows, O outputs, I inputs, G groups of inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -37,7 +37,7 @@ def available(bits: int, dtype: torch.dtype) -> bool:
 
 
 class QuantizedWeight:
-    """A matrix (O, I) in `bits` a weight. `bytes`: what it holds; native: by torch's operator, None = where it is there.
+    """A matrix (O, I) in `bits` a weight. `bytes`: what it holds; native: by torch's operator, None = if it is there.
 
     tensors: the weights in the operator's order, then their scales (8 bits) or scales and zeros (4 bits).
     """
@@ -73,9 +73,7 @@ class QuantizedWeight:
         elif self.bits == 8:
             y_NO = torch._weight_int8pack_mm(x_NI.contiguous(), weights, scales)
         else:
-            y_NO = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x_NI.contiguous(), weights, group_of(self.filled), scales
-            )
+            y_NO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI.contiguous(), weights, group_of(self.filled), scales)
         if y_NO.shape[1] > self.outputs:
             y_NO = y_NO[:, : self.outputs]
         return y_NO if bias is None else y_NO + bias
@@ -132,8 +130,8 @@ class QuantizedLinear(nn.Module):
         return self.product(x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], self.out_features)
 
 
-def quantize_linears(model: nn.Module, bits: int, keep: set[nn.Module] = frozenset()) -> None:  # type: ignore[assignment]
-    """Replace every nn.Linear below `model`: by a packed one where it has few outputs or is of `keep`, else in `bits`."""
+def quantize_linears(model: nn.Module, bits: int, keep: Iterable[nn.Module] = ()) -> None:
+    """Replace every nn.Linear below `model`: where it has few outputs or is of `keep` by a packed one, else in `bits`."""
     kept = {inner for module in keep for inner in module.modules()}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

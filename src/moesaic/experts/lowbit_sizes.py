@@ -1,9 +1,11 @@
 """How large matrices of 8 or 4 bits a weight are; without torch, so that a plan can tell.
 
-torch's operators want the inputs in whole vectors or groups and, with 4 bits, the outputs in whole tiles; what is missing
-is filled up with zeros.
+torch's operators want the inputs in whole vectors or groups and, with 4 bits, the outputs in whole tiles; what is
+missing is filled up with zeros.
 Shapes: O outputs, I inputs.
 """
+
+from collections.abc import Sequence
 
 from moesaic.errors import MoesaicError
 
@@ -42,6 +44,12 @@ def tensor_bytes(outputs: int, inputs: int, bits: int, item: int) -> tuple[int, 
     if bits == 8:
         return outputs * inputs, outputs * item
     return outputs * inputs // 2, inputs // group_of(inputs) * outputs * 2 * item
+
+
+def matrix_bytes(shape: Sequence[int], bits: int, item: int) -> int:
+    """Bytes of a matrix (O, I) with its scales."""
+    outputs, inputs = shape
+    return sum(tensor_bytes(outputs, inputs, bits, item))
 
 
 def _up(count: int, step: int) -> int:

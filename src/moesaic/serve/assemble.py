@@ -21,8 +21,7 @@ from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
 from moesaic.serve.kv import KVPool
 from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_dtype
-from moesaic.serve.lowbit_entries import served_entries
-from moesaic.serve.lowbit_memory import QuantizedExperts, QuantizedMemory
+from moesaic.serve.lowbit_memory import QuantizedExperts, QuantizedMemory, entry_memory
 from moesaic.serve.memory import MemorySplit
 from moesaic.serve.memory_plan import MemoryPlan, plan
 from moesaic.serve.model_files import ModelFiles
@@ -32,7 +31,7 @@ from moesaic.serve.runner import Machine, Runner
 from moesaic.serve.step import Backbone
 from moesaic.serve.stock import ServedStock, StockExperts, expert_matrices
 from moesaic.serve.stock_step import StockBackbone
-from moesaic.serve.store import EntryMemory, ExpertMemory, ExpertStore
+from moesaic.serve.store import ExpertMemory, ExpertStore
 
 PRE_GATE, STICKY = "exact-pre-gate", "previous-step"  # what is expected, and what instead where no pre-gate knows
 
@@ -100,7 +99,8 @@ def _stock_layers(files: ModelFiles, model: ServedStock, memory: Any, packs: Pac
 
 
 def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple[ExpertStore, MemorySplit]:
-    layout, source, memory = _memory(loaded, options)
+    config, drop = loaded.model.config.to_dict(), options.page_cache == "drop"
+    layout, source, memory = entry_memory(config, loaded.files, options.weights, loaded.dtype, drop)
     if isinstance(loaded.model, ServedMoesaic):
         for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
             fill_blocks(blocks, name, source.tensor, loaded.files.tensors)
@@ -115,16 +115,6 @@ def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple
         fixed=planned.experts if options.experts is not None else None,
     )
     return ExpertStore(memory, partial(_residency, layout, options, split.for_experts(0))), split
-
-
-def _memory(loaded: Loaded, options: EngineOptions) -> tuple[Layout, ExpertMemory, EntryMemory]:
-    """What is cached, what reads it from the files, and what holds it."""
-    config, bits = loaded.model.config.to_dict(), bits_of(options.weights)
-    layout, parts = served_entries(config, loaded.files, options.weights, loaded.dtype.itemsize)
-    source = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
-    if bits is None:
-        return layout, source, source
-    return layout, source, QuantizedMemory(source, layout.bytes, bits, transposed=bool(config.get("layouts")))
 
 
 def _residency(layout: Layout, options: EngineOptions, capacity: int, left: Callable[[Key], None]) -> Residency:

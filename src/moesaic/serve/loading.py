@@ -103,8 +103,7 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True, bits: int | None =
         fuse_layers(model.backbone)
     packed = 0
     if bits is not None:
-        gates: list[nn.Module] = model.gates if isinstance(model, ServedStock) else []
-        quantize_linears(model.backbone, bits, keep={*gates})
+        quantize_linears(model.backbone, bits, keep=model.gates if isinstance(model, ServedStock) else ())
     elif pack:
         packed = pack_linears(model.backbone)
     if model.pregate is not None and pack:

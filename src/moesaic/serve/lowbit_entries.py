@@ -26,7 +26,7 @@ DOWN = re.compile(r".*\b(down|down_proj|w2)(\.weight)?")
 
 
 class Shape(NamedTuple):
-    """An expert: `rows` matrices (W, D) before its activation and one after it; biases: numbers of them for channels."""
+    """An expert: `rows` matrices (W, D) before its activation and one after it; biases: how many for channels."""
 
     rows: int
     width: int
@@ -36,7 +36,10 @@ class Shape(NamedTuple):
     def bytes(self, bits: int, item: int) -> int:
         """What it takes in memory, whole pages."""
         width = filled_inputs(self.width, bits)
-        sizes = [*tensor_bytes(self.rows * width, self.hidden, bits, item), *tensor_bytes(self.hidden, width, bits, item)]
+        sizes = [
+            *tensor_bytes(self.rows * width, self.hidden, bits, item),
+            *tensor_bytes(self.hidden, width, bits, item),
+        ]
         sizes += [self.rows * width * item] if self.biases else []
         return -(-sum(-(-size // LINE) * LINE for size in sizes) // PAGE) * PAGE
 
@@ -46,9 +49,7 @@ class Shape(NamedTuple):
         return (self.rows + 1) * self.width * self.hidden + self.biases
 
 
-def served_entries(
-    config: Mapping[str, Any], files: ModelFiles, weights: str, item: int
-) -> tuple[Layout, Parts]:
+def served_entries(config: Mapping[str, Any], files: ModelFiles, weights: str, item: int) -> tuple[Layout, Parts]:
     """As `expert_entries`, for experts that are kept in `weights`. Raises MoesaicError for what is none of these."""
     layout, parts = expert_entries(config, files, item)
     bits = bits_of(weights)
@@ -64,7 +65,7 @@ def served_entries(
 def quantized(name: str, place: TensorPlace, config: Mapping[str, Any]) -> bool:
     """Whether a tensor outside of experts is a linear layer's matrix that is kept in few bits.
 
-    config: the decoder's own. Routers and what has few outputs stay as they are, and so do layers that are no nn.Linear.
+    config: the decoder's own. Routers, what has few outputs and layers that are no nn.Linear stay.
     """
     if len(place.shape) != 2 or name.startswith(PREGATE) or place.shape[0] < LEAST_OUTPUTS:
         return False

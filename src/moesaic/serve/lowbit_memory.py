@@ -1,7 +1,7 @@
 """Experts in few bits: read from the checkpoint as they are, quantised at once, and only the result is kept.
 
-    QuantizedMemory    what an ExpertStore moves entries with: an entry is a whole expert of a layer, and has its place in
-                       virtual memory, with pages only while it is resident
+    QuantizedMemory    what an ExpertStore moves entries with: an entry is a whole expert of a layer, and has its place
+                       in virtual memory, with pages only while it is resident
     QuantizedExperts   the experts of one layer over that memory
 
 Reading is that of `ExpertMemory`, whose pages an expert has only until it is quantised.
@@ -10,7 +10,7 @@ Shapes: M tokens of one expert, D model width, W channels of an expert, filled u
 
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from moesaic.errors import MoesaicError
 from moesaic.experts.lowbit import QuantizedWeight
-from moesaic.experts.lowbit_sizes import filled_inputs
-from moesaic.schedule.work import Key
+from moesaic.experts.lowbit_sizes import bits_of, filled_inputs
+from moesaic.schedule.work import Key, Layout
 from moesaic.serve.arena import Arena
-from moesaic.serve.lowbit_entries import DOWN, GATE, LINE, Shape, shape_of
-from moesaic.serve.store import ExpertMemory
+from moesaic.serve.lowbit_entries import DOWN, GATE, LINE, Shape, served_entries, shape_of
+from moesaic.serve.model_files import ModelFiles
+from moesaic.serve.store import EntryMemory, ExpertMemory
 
 
 class Matrices(NamedTuple):
@@ -115,12 +116,26 @@ def raw_matrices(
         first, last = ((at - place.start) // each for at in (part.start, part.stop))
         rows.setdefault(part.tensor, []).append(memory.tensor(part.tensor)[first:last])
     found = {name: torch.cat(pieces) for name, pieces in rows.items()}
-    first_names = sorted((name for name in found if not DOWN.fullmatch(name)), key=lambda name: not GATE.fullmatch(name))
+    first_names = sorted(
+        (name for name in found if not DOWN.fullmatch(name)), key=lambda name: not GATE.fullmatch(name)
+    )
     down = next(found[name] for name in found if DOWN.fullmatch(name))
     down = down.T if transposed else down.reshape(shape.hidden, shape.width)
     biases = [found[name] for name in first_names if found[name].ndim == 1]
     matrices = [found[name].reshape(-1, shape.width, shape.hidden) for name in first_names if found[name].ndim > 1]
     return torch.cat(matrices), torch.stack(biases) if biases else None, down
+
+
+def entry_memory(
+    config: Mapping[str, Any], files: ModelFiles, weights: str, dtype: torch.dtype, drop: bool
+) -> tuple[Layout, ExpertMemory, EntryMemory]:
+    """What is cached, what reads it from the files, and what holds it: the same where experts stay as stored."""
+    bits = bits_of(weights)
+    layout, parts = served_entries(config, files, weights, dtype.itemsize)
+    source = ExpertMemory(files, parts, dtype, drop)
+    if bits is None:
+        return layout, source, source
+    return layout, source, QuantizedMemory(source, layout.bytes, bits, transposed=bool(config.get("layouts")))
 
 
 class QuantizedExperts:

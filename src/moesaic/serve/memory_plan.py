@@ -22,7 +22,7 @@ from typing import Any
 
 from moesaic.errors import MoesaicError
 from moesaic.experts.buckets import LEAST, bucket
-from moesaic.experts.lowbit_sizes import bits_of, tensor_bytes
+from moesaic.experts.lowbit_sizes import bits_of, matrix_bytes
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
 from moesaic.serve.lowbit_entries import HEADS, quantized, served_entries
@@ -362,12 +362,14 @@ def _dense(
                 each = 32  # whatever the rest is
             elif place.dtype in FLOATS:
                 each = 8 * item
-            small = bits is not None and quantized(name, place, config)
-            sizes.append(sum(tensor_bytes(*place.shape, bits, item)) if small else place.elements * each // 8)
+            if bits is not None and quantized(name, place, config):
+                sizes.append(matrix_bytes(place.shape, bits, item))
+            else:
+                sizes.append(place.elements * each // 8)
     if not any(name.endswith(HEADS) for name in files.tensors):
         # The output head shares the embedding's weights, but is packed into an order of its own.
         shape = _number(config, "vocab_size"), _number(config, "hidden_size", "n_embd", "d_model")
-        sizes.append(shape[0] * shape[1] * item if bits is None else sum(tensor_bytes(*shape, bits, item)))
+        sizes.append(shape[0] * shape[1] * item if bits is None else matrix_bytes(shape, bits, item))
     return sum(sizes), max(sizes)
 
 
@@ -417,8 +419,11 @@ def _savings(
     others = [("--dtype bfloat16", "bfloat16", weights)] * (dtype == "float32")
     others += [("--weights int8", dtype, "int8")] * (weights == "stored")
     same = needs_of(config, files, dtype, 1, 1, weights)
-    for option, *changed in others:
-        less = needs_of(config, files, changed[0], 1, 1, changed[1])
+    for option, other_dtype, other_weights in others:
+        try:
+            less = needs_of(config, files, other_dtype, 1, 1, other_weights)
+        except MoesaicError:  # experts of another build: loading will say so
+            continue
         saved = same.beside_experts(context) + same.all_experts - less.beside_experts(context) - less.all_experts
         found.append((option, saved))
     return sorted((option for option in found if option[1] > 0), key=lambda option: -option[1])

@@ -65,7 +65,9 @@ class Backbone:
     routes: work items with calls in the first layer that has experts, where the step that ran has found them out.
     """
 
-    def __init__(self, model: Any, experts: Sequence[BlockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(
+        self, model: Any, experts: Sequence[BlockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool
+    ) -> None:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
         self.routes: list[WorkItem] = []
 

@@ -23,7 +23,9 @@ from moesaic.serve.store import ExpertReadError, ExpertStore
 class StockBackbone(Backbone):
     """A loaded mixture with its experts and its keys."""
 
-    def __init__(self, model: ServedStock, experts: Sequence[StockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(
+        self, model: ServedStock, experts: Sequence[StockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool
+    ) -> None:
         super().__init__(model, (), store, pool)
         self.stock, self.by_layer = model, experts
         self._single: dict[tuple[int, int], Call] = {}
