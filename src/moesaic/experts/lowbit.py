@@ -131,7 +131,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_linears(model: nn.Module, bits: int, keep: Iterable[nn.Module] = ()) -> None:
-    """Replace every nn.Linear below `model`: where it has few outputs or is of `keep` by a packed one, else in `bits`."""
+    """Replace each nn.Linear below `model`: where it has few outputs or is of `keep` by a packed one, else in `bits`."""
     kept = {inner for module in keep for inner in module.modules()}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
