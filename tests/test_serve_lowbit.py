@@ -69,6 +69,18 @@ def test_products(bits: int, dtype: torch.dtype, shape: tuple[int, int], native:
     assert product.bytes == matrix_bytes(shape, bits, dtype.itemsize)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_prompts_go_one_way_whoever_is_beside_them(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight, x = torch.randn(shape).to(dtype), torch.randn(40, shape[1]).to(dtype)
+    product = QuantizedWeight(weight, 8)
+    answers, prompts = product(x), product(x, None, 0)
+    assert (answers.float() - prompts.float()).abs().max() < 0.02 * answers.float().abs().max()
+    for rows in range(1, 40):
+        assert torch.equal(product(x, None, rows), torch.cat((answers[:rows], prompts[rows:])))
+        assert torch.equal(product(x[rows:], None, 0), prompts[rows:])
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_matrices_of_nothing_and_of_one_value(bits: int) -> None:
     x = torch.ones(3, 64)
@@ -236,6 +248,7 @@ def test_the_plan_counts_what_is_loaded(tmp_path: Path, family: str, weights: st
     stock = family in ("mixtral", "qwen2-moe", "olmoe")
     folder = (stock_folder if stock else served_folder)(tmp_path / "m", family)
     backbone = load(folder, torch.bfloat16, bits=bits_of(weights)).model.backbone
+    assert backbone.get_output_embeddings().outputs, "the head knows that its rows are not the step's"
     counted = {id(p): p.numel() * p.element_size() for p in [*backbone.parameters(), *backbone.buffers()]}
     products = [m.product for m in backbone.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
     biases = [m.bias for m in backbone.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
@@ -326,7 +339,9 @@ def test_int8_says_mostly_what_bfloat16_says(tmp_path: Path) -> None:
     attach(dense, masks, ["a", "b"]).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(pocket_path())
     tokenizer.save_pretrained(tmp_path)
-    asked = [tokenizer(text)["input_ids"] for text in ("def add(a, b):\n", "The licence", "for i in range(", "12 + 7 =")]
+    asked = [
+        tokenizer(text)["input_ids"] for text in ("def add(a, b):\n", "The licence", "for i in range(", "12 + 7 =")
+    ]
     said = {}
     for weights in ("stored", "int8", "int4"):
         with engine(tmp_path, dtype="bfloat16", weights=weights) as own:

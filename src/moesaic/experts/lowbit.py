@@ -5,11 +5,15 @@ group of inputs has a scale s and a zero z for each output, w = (q - 8) s + z wi
 this are private, so they are behind this file alone; where one is missing, the matrix is made anew for every product.
 
 A row's result does not depend on how many rows run beside it: the operators work row by row (tests hold them to it).
-So many rows take many times as long as one, and products of prompts go another way, see `wide`.
+So many rows take many times as long as one. With 8 bits, rows of prompts therefore go another way: through a plain
+product with the matrix made anew, which rounds otherwise. The way of a row depends on what it is, never on how many
+there are.
 Shapes: N rows, O outputs, I inputs, G groups of inputs.
 """
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -64,19 +68,25 @@ class QuantizedWeight:
         self.tensors = to(self.tensors[0]), to(self.tensors[1])
         return self
 
-    def __call__(self, x_NI: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(N, I) -> (N, O)."""
+    def __call__(self, x_NI: Tensor, bias: Tensor | None = None, prompts: int | None = None) -> Tensor:
+        """(N, I) -> (N, O). Rows from number `prompts` on are of prompts."""
         x_NI = F.pad(x_NI, (0, self.filled - self.inputs)) if self.filled > self.inputs else x_NI
-        weights, scales = self.tensors
-        if not self.native:
+        if not self.native or (prompts == 0 and self.bits == 8):
             y_NO = self._plain(x_NI)
-        elif self.bits == 8:
-            y_NO = torch._weight_int8pack_mm(x_NI.contiguous(), weights, scales)
+        elif prompts is None or prompts >= len(x_NI) or self.bits == 4:
+            y_NO = self._by_row(x_NI)
         else:
-            y_NO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI.contiguous(), weights, group_of(self.filled), scales)
+            y_NO = torch.cat((self._by_row(x_NI[:prompts]), self._plain(x_NI[prompts:])))
         if y_NO.shape[1] > self.outputs:
             y_NO = y_NO[:, : self.outputs]
         return y_NO if bias is None else y_NO + bias
+
+    def _by_row(self, x_NI: Tensor) -> Tensor:
+        weights, scales = self.tensors
+        if self.bits == 8:
+            return torch._weight_int8pack_mm(x_NI.contiguous(), weights, scales)
+        group = group_of(self.filled)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI.contiguous(), weights, group, scales)
 
     def _full(self, weight_OI: Tensor) -> Tensor:
         outputs, inputs = weight_OI.shape
@@ -116,8 +126,29 @@ def _no_zeros(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+class Step(threading.local):
+    """Of the step that this thread runs. prompts: the row from which on they are of prompts, None = nobody says."""
+
+    prompts: int | None = None
+
+
+step = Step()
+
+
+@contextmanager
+def prompts_from(row: int) -> Iterator[None]:
+    """Inside the block, linear layers get the rows of a step, those from `row` on of prompts."""
+    step.prompts = row
+    try:
+        yield
+    finally:
+        step.prompts = None
+
+
 class QuantizedLinear(nn.Module):
-    """Stands where an nn.Linear stood, for inference."""
+    """Stands where an nn.Linear stood, for inference. outputs: it is the head, whose rows are not those of the step."""
+
+    outputs = False
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         super().__init__()
@@ -127,11 +158,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return self.product(x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], self.out_features)
+        prompts = None if self.outputs else step.prompts
+        return self.product(x.reshape(-1, x.shape[-1]), self.bias, prompts).view(*x.shape[:-1], self.out_features)
 
 
 def quantize_linears(model: nn.Module, bits: int, keep: Iterable[nn.Module] = ()) -> None:
-    """Replace each nn.Linear below `model`: where it has few outputs or is of `keep` by a packed one, else in `bits`."""
+    """Replace each nn.Linear below `model`: where it has few outputs or is in `keep` packed, else in `bits`."""
     kept = {inner for module in keep for inner in module.modules()}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -68,8 +68,8 @@ class BlockExperts:
     def __init__(self, blocks: ChannelBlocks, layer: int, packs: Packs) -> None:
         self.blocks, self.layer, self.packs = blocks, layer, packs
 
-    def run(self, expert: int, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D)."""
+    def run(self, expert: int, x_MD: Tensor, prompts: int | None = None) -> Tensor:
+        """(M, D) -> (M, D). Rows from number `prompts` on are of prompts, which is all the same here."""
         blocks = self.blocks
         bias = self._bias(expert)
         if (packed := self.packs.get((self.layer, expert))) is not None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moesaic.configuration import MoesaicConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.channel_blocks import ChannelBlocks
-from moesaic.experts.lowbit import quantize_linears
+from moesaic.experts.lowbit import QuantizedLinear, quantize_linears
 from moesaic.experts.packed import pack_linears
 from moesaic.models.loading import load_tokenizer
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
@@ -104,6 +104,9 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True, bits: int | None =
     packed = 0
     if bits is not None:
         quantize_linears(model.backbone, bits, keep=model.gates if isinstance(model, ServedStock) else ())
+        head: Any = model.backbone.get_output_embeddings()
+        if isinstance(head, QuantizedLinear):
+            head.outputs = True
     elif pack:
         packed = pack_linears(model.backbone)
     if model.pregate is not None and pack:

@@ -149,8 +149,8 @@ class QuantizedExperts:
         if bool(activate(torch.zeros(1, 2)).any()):
             raise MoesaicError("these experts' activation makes something of nothing: serve them with --weights stored")
 
-    def run(self, expert: int, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D)."""
+    def run(self, expert: int, x_MD: Tensor, prompts: int | None = None) -> Tensor:
+        """(M, D) -> (M, D). Rows from number `prompts` on are of prompts."""
         first, bias, down = self.memory.matrices(Key(self.layer, expert))
-        y_MD = down(self.activate(first(x_MD, bias)))
+        y_MD = down(self.activate(first(x_MD, bias, prompts)), None, prompts)
         return y_MD if self.down_bias is None else y_MD.add_(self.down_bias)

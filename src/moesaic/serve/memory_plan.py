@@ -272,7 +272,12 @@ def needs_of(
         paging = 5 * least + AT_ONCE
         dense, largest = _dense(base, files, parts, item, bits)
         largest = 2 * largest + AT_ONCE
-        kernels = _kernels_beside(base, files, parts, max_tokens)
+        if bits == 8:  # matrices are made anew for prompts
+            largest = max(
+                largest, max_tokens * token + max_requests * row + _anew(base, files, parts, item, shape, least)
+            )
+        else:
+            kernels = _kernels_beside(base, files, parts, max_tokens)
         layout, _ = served_entries(config, files, weights, item)
         least = max(layout.bytes.values())
     # A chunk's mask over the context, and keys and values repeated for the heads that share them.
@@ -397,6 +402,20 @@ def _kernels(layout: Layout, parts: Parts, files: ModelFiles, dtype: str, max_to
     packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, 1))
     kernels = len(dense) * packed + (2 * len(experts) * plain if dtype == "bfloat16" else 0)
     return KERNEL * min(KERNELS, kernels)
+
+
+def _anew(
+    config: Mapping[str, Any], files: ModelFiles, parts: Parts, item: int, shape: AttentionShape, expert: int
+) -> int:
+    """Bytes of the largest matrix that a product of prompts makes anew: never the head's."""
+    stored = {part.tensor for ranges in parts.values() for part in ranges}
+    sizes = [
+        place.elements * item
+        for name, place in files.tensors.items()
+        if name not in stored and not name.endswith(HEADS) and quantized(name, place, config)
+    ]
+    stacked = _number(config, "hidden_size", "n_embd", "d_model") * (shape.query + 2 * shape.keys) * item
+    return max(*sizes, stacked, expert)
 
 
 def _kernels_beside(config: Mapping[str, Any], files: ModelFiles, parts: Parts, max_tokens: int) -> int:

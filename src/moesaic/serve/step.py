@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.experts.lowbit import prompts_from
 from moesaic.schedule.work import WorkItem
 from moesaic.serve import attention
 from moesaic.serve.attention import RaggedAttention, Segment
@@ -41,10 +42,14 @@ class Part:
 
 
 class TokenOrder:
-    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are."""
+    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are.
 
-    def __init__(self, expert_N: NDArray[np.int16]) -> None:
+    prompts: of each expert, from which of its rows on they are of prompts; in the step, those from `first` on are.
+    """
+
+    def __init__(self, expert_N: NDArray[np.int16], first: int) -> None:
         counts = np.bincount(expert_N)
+        self.prompts = np.bincount(expert_N[:first], minlength=len(counts)).tolist()
         ends = np.cumsum(counts)
         self.slices = {int(e): slice(int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)}
         sorted_already = bool((expert_N[1:] >= expert_N[:-1]).all())
@@ -79,20 +84,20 @@ class Backbone:
 
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
-        tokens = TokenOrder(np.concatenate([part.experts for part in parts]))
+        tokens = TokenOrder(np.concatenate([part.experts for part in parts]), first_of_prompts(parts))
 
         def ffn(layer: int, x_ND: Tensor) -> Tensor:
             x_ND = tokens.gather(x_ND)
             y_ND = torch.empty_like(x_ND)
             if complete:
                 for expert, rows in tokens.slices.items():
-                    y_ND[rows] = self.experts[layer].run(expert, x_ND[rows])
+                    y_ND[rows] = self.experts[layer].run(expert, x_ND[rows], tokens.prompts[expert])
                 return tokens.scatter(y_ND)
             for wave in self.store.residency.waves(layer):
                 with self.store.held(layer, wave):
                     for call in wave:
                         rows = tokens.slices[call.expert]
-                        y_ND[rows] = self.experts[layer].run(call.expert, x_ND[rows])
+                        y_ND[rows] = self.experts[layer].run(call.expert, x_ND[rows], tokens.prompts[call.expert])
             return tokens.scatter(y_ND)
 
         with self.model.step.use(ffn):
@@ -103,7 +108,7 @@ class Backbone:
         step = RaggedAttention(self.pool, segments(parts))
         rows = np.cumsum([len(part.ids) for part in parts]) - 1
         wanted = [row for row, part in zip(rows.tolist(), parts, strict=True) if part.last]
-        with attention.current.use(step):
+        with attention.current.use(step), prompts_from(first_of_prompts(parts)):
             out = self.model.backbone(
                 input_ids=torch.tensor([[token for part in parts for token in part.ids]]),
                 position_ids=step.pos_N[None],
@@ -112,6 +117,11 @@ class Backbone:
             )
         logits: Tensor = out.logits[0, : len(wanted)]
         return logits
+
+
+def first_of_prompts(parts: Sequence[Part]) -> int:
+    """How many tokens come before those of prompts: all of them are in parts that come first."""
+    return sum(len(part.ids) for part in parts if not part.prompt)
 
 
 def segments(parts: Sequence[Part]) -> list[Segment]:

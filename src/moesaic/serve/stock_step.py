@@ -15,7 +15,7 @@ from torch import Tensor
 from moesaic.schedule.work import Call, Key, Known, WorkItem
 from moesaic.serve.kv import KVPool
 from moesaic.serve.lowbit_memory import QuantizedExperts
-from moesaic.serve.step import Backbone, Part
+from moesaic.serve.step import Backbone, Part, first_of_prompts
 from moesaic.serve.stock import ServedStock, StockExperts
 from moesaic.serve.store import ExpertReadError, ExpertStore
 
@@ -59,6 +59,7 @@ class StockStep:
         self.ends = np.cumsum([len(part.ids) for part in parts])
         self.routes: list[list[Call]] = []  # of each layer so far
         self.first: list[WorkItem] = []  # the items with their calls in the first layer
+        self.prompts = first_of_prompts(parts)  # the row from which on tokens are of prompts
         self.experts_N = self._wanted()
 
     def _wanted(self) -> Tensor | None:
@@ -81,13 +82,20 @@ class StockStep:
         for wave in [calls] if self.complete else self._waves(layer, calls, items):
             for call in wave:
                 at_M = pairs.of(call.expert)
-                y_MD = experts.run(call.expert, hidden_ND[at_M // pairs.each])
+                token_M = at_M // pairs.each
+                y_MD = experts.run(call.expert, hidden_ND[token_M], self._prompts(token_M, len(hidden_ND)))
                 out_PD[at_M] = (y_MD * pairs.weight_P[at_M, None]).to(out_PD.dtype)
         out_NKD = out_PD.view(len(hidden_ND), pairs.each, -1)
         total_ND = out_NKD[:, 0].clone()
         for place in range(1, pairs.each):
             total_ND += out_NKD[:, place]
         return total_ND
+
+    def _prompts(self, token_M: Tensor, tokens: int) -> int:
+        """Of these tokens of the step, from which on they are of prompts."""
+        if self.prompts in (0, tokens):
+            return len(token_M) if self.prompts else 0
+        return int((token_M < self.prompts).sum())
 
     def _waves(self, layer: int, calls: Sequence[Call], items: Sequence[WorkItem]) -> Iterator[Sequence[Call]]:
         """Calls whose entries are there for as long as they are worked on."""
