@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: products against floating point, and the engine's promises kept with them."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,23 @@ def test_batch_mates_change_no_bit(folders, kind: str, weights: str) -> None:
     with engine(folders[kind], experts=0.5, **options) as own:
         heard = [ask(own, prompt, greedy(TOKENS, logprobs=3)) for prompt in asked]
         assert [tokens(each) for each in heard] == single
+    with engine(folders[kind], batcher="decode-first", **options) as own:
+        kinds, run = set(), own.runner.machine.backbone.run
+
+        def watched(parts, complete=False):
+            kinds.add(frozenset(part.prompt for part in parts))
+            return run(parts, complete)
+
+        own.runner.machine.backbone.run = watched
+        first = ask(own, prompts(1)[0], greedy(80))
+        heard = []
+        for prompt in asked:  # each beside the first one's answer
+            seen = len(first.ids)
+            while len(first.ids) == seen and not first.ended.is_set():
+                time.sleep(1e-4)
+            heard.append(ask(own, prompt, greedy(TOKENS, logprobs=3)))
+        assert [tokens(each) for each in heard] == single
+        assert frozenset({True, False}) in kinds, "prompts and answers in one step"
 
 
 def test_without_the_operators(folders, monkeypatch: pytest.MonkeyPatch) -> None:
