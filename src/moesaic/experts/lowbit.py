@@ -24,7 +24,7 @@ from moesaic.experts.lowbit_sizes import LEAST_OUTPUTS, filled_inputs, filled_ou
 from moesaic.experts.packed import PackedLinear, steady
 
 TILE = 64  # outputs that torch's 4-bit order keeps together, at most
-AT_ONCE = 2**20  # numbers that are made small in one go: in between they are large
+AT_ONCE = 2**18  # numbers that are made small in one go, within the caches: in between they are large
 
 
 @cache
@@ -90,7 +90,8 @@ class QuantizedWeight:
 
     def _full(self, weight_OI: Tensor) -> Tensor:
         outputs, inputs = weight_OI.shape
-        return F.pad(weight_OI.float(), (0, self.filled - inputs, 0, filled_outputs(outputs, self.bits) - outputs))
+        more = (0, self.filled - inputs, 0, filled_outputs(outputs, self.bits) - outputs)
+        return F.pad(weight_OI.float(), more) if any(more) else weight_OI.float()
 
     def _rows_of_8(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         scale_O = _no_zeros((weight_OI.abs().amax(1) / 127).to(self.dtype))

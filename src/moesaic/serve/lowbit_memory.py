@@ -100,8 +100,10 @@ class QuantizedMemory:
             at += -(-tensor.numel() * tensor.element_size() // LINE) * LINE
             return own.copy_(tensor)
 
-        first = QuantizedWeight(F.pad(rows_RWD, (0, 0, 0, more)).flatten(0, 1), self.bits).moved(place)
-        down = QuantizedWeight(F.pad(down_DW, (0, more)), self.bits).moved(place)
+        if more:
+            rows_RWD, down_DW = F.pad(rows_RWD, (0, 0, 0, more)), F.pad(down_DW, (0, more))
+        first = QuantizedWeight(rows_RWD.flatten(0, 1), self.bits).moved(place)
+        down = QuantizedWeight(down_DW, self.bits).moved(place)
         return Matrices(first, None if bias_RW is None else place(F.pad(bias_RW, (0, more)).flatten()), down)
 
 
