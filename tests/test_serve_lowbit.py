@@ -90,6 +90,13 @@ def test_matrices_of_nothing_and_of_one_value(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_matrix_may_lie_the_other_way(bits: int, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(128, 96).to(dtype), torch.randn(3, 128).to(dtype)
+    assert torch.equal(QuantizedWeight(weight.T, bits)(x), QuantizedWeight(weight.T.contiguous(), bits)(x))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_made_small_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(300, 96)
     whole = QuantizedWeight(weight, bits)

@@ -91,7 +91,7 @@ class QuantizedWeight:
     def _full(self, weight_OI: Tensor) -> Tensor:
         outputs, inputs = weight_OI.shape
         more = (0, self.filled - inputs, 0, filled_outputs(outputs, self.bits) - outputs)
-        return F.pad(weight_OI.float(), more) if any(more) else weight_OI.float()
+        return F.pad(weight_OI.float(), more) if any(more) else weight_OI.float().contiguous()
 
     def _rows_of_8(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         scale_O = _no_zeros((weight_OI.abs().amax(1) / 127).to(self.dtype))
