@@ -151,6 +151,10 @@ class QuantizedExperts:
         if bool(activate(torch.zeros(1, 2)).any()):
             raise MoesaicError("these experts' activation makes something of nothing: serve them with --weights stored")
 
+    def packed(self, expert: int) -> bool:
+        """Whether it takes rows beyond the step's tokens: never, for each of them costs."""
+        return False
+
     def run(self, expert: int, x_MD: Tensor, prompts: int | None = None) -> Tensor:
         """(M, D) -> (M, D). Rows from number `prompts` on are of prompts."""
         first, bias, down = self.memory.matrices(Key(self.layer, expert))
