@@ -378,3 +378,8 @@ def test_int8_says_mostly_what_bfloat16_says(tmp_path: Path) -> None:
 
     print(f"as bfloat16: int8 {same('int8'):.0%}, int4 {same('int4'):.0%}")
     assert same("int8") > 0.4
+
+
+def test_few_bits_are_for_cpus(folders) -> None:
+    with pytest.raises(MoesaicError, match="only CPUs have these products"):
+        plan(folders["stock"], weights="int8", device="cpu", memory="2GiB")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
-from moesaic.experts.buckets import LEAST, bucket
+from moesaic.experts.buckets import LEAST, PLAIN_LEAST, bucket
 from moesaic.experts.lowbit_sizes import bits_of, matrix_bytes
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
@@ -36,6 +36,7 @@ BASE = 432 * 2**20
 # oneDNN compiles a product for every number of rows and shape of weights it meets, and keeps the last 1024. Measured
 # with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them.
 KERNEL, KERNELS = 2**20, 1024
+PASSING = 16 * 2**20  # bytes of main memory, beyond the largest entry, that entries pass through to a device
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
 AT_ONCE = 2**24  # bytes of numbers in between while matrices are made small, see experts.lowbit
@@ -52,6 +53,7 @@ class MemoryPlan:
     kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
     kernels:       what compiled kernels grow to at most, part of the buffers.
     weights:       what matrices are kept in.
+    device:        where all this is, "" = main memory. host: main memory for experts that the device does not hold.
     least_budget:  less cannot work with this context, these experts and this dtype.
     problems:      what does not fit though it works; advice: what to change.
     """
@@ -74,6 +76,8 @@ class MemoryPlan:
     kernels: int
     least_budget: int
     weights: str = "stored"
+    device: str = ""
+    host: int = 0
     problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
@@ -92,7 +96,8 @@ class MemoryPlan:
 class Needs:
     """What a model takes whatever the budget.
 
-    row_bytes: one token's keys in each layer, the pre-gate's after the backbone's; values take the same.
+    heads:     of each layer with keys, the pre-gate's after the backbone's, how many heads and the bytes of one token's
+               key in one; values take the same.
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
     packs:     what packed copies of all experts take; worth having, never needed.
     loading:   everything while the backbone is loaded, where that is more than it takes later.
@@ -101,7 +106,7 @@ class Needs:
     dense: int
     fixed: int
     context_token: int
-    row_bytes: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
     kernels: int
     packs: int
     all_experts: int
@@ -110,8 +115,8 @@ class Needs:
     loading: int = 0
 
     def kv(self, context: int) -> int:
-        """Keys and values of one request: a slot's pages in every layer."""
-        return sum(2 * pages(row * context) for row in self.row_bytes)
+        """Keys and values of one request: a slot's pages, by head, in every layer."""
+        return sum(2 * count * pages(row * context) for count, row in self.heads)
 
     def buffers(self, context: int) -> int:
         """Everything that is neither weights nor keys."""
@@ -132,19 +137,23 @@ def plan(
     max_tokens: int = 512,
     dtype: str = "auto",
     weights: str = "stored",
+    device: str | None = None,
+    host_memory: int | str | None = None,
 ) -> MemoryPlan:
     """Choose sizes for serving the model in `folder`, by the rule above. The arguments are those of EngineOptions.
 
-    memory None: SHARE of what is available, but not more than is useful.
+    memory None: SHARE of what is available, but not more than is useful; host_memory None: likewise.
 
     Raises MoesaicError if the model cannot be served or the budget is below the minimum, which the message names.
     """
     if max_requests < 1 or max_tokens < 1:
         raise MoesaicError(f"max_requests {max_requests}, max_tokens {max_tokens}: expected at least 1")
+    if device is not None and bits_of(weights) is not None:
+        raise MoesaicError(f"weights {weights} on {device}: only CPUs have these products; leave out one of both")
     files = ModelFiles(folder)
     config = read_json(files.folder / CONFIG)
     dtype = served_dtype(config, dtype)
-    needs = needs_of(config, files, dtype, max_requests, max_tokens, weights)
+    needs = needs_of(config, files, dtype, max_requests, max_tokens, device, weights)
     first = _least_context(needs, context)
     longest = context or max(needs.model_context or 0, first)
     fixed = _fixed_experts(needs, experts)
@@ -152,7 +161,7 @@ def plan(
     least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
     least = max(least, needs.loading)
     useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest) + needs.packs
-    budget = _budget(memory, max(useful, needs.loading))
+    budget = _budget(memory, max(useful, needs.loading), device)
     savings = _savings(files, config, dtype, weights, needs, first)
     if budget < least:
         if fixed is not None and fixed > needs.least_experts:
@@ -161,6 +170,9 @@ def plan(
     given = min(wanted, budget - needs.beside_experts(first))
     chosen = _longest_context(needs, budget - given, first, longest)
     full = max_requests * needs.kv(chosen)
+    kv = min(full, budget - needs.dense - needs.buffers(chosen) - given)
+    if device is not None:  # whole slots, which are there from the beginning
+        kv = kv // needs.kv(chosen) * needs.kv(chosen)
     result = MemoryPlan(
         model=str(files.folder),
         dtype=dtype,
@@ -168,10 +180,10 @@ def plan(
         dense=needs.dense,
         buffers=needs.buffers(chosen),
         experts=given,
-        kv=min(full, budget - needs.dense - needs.buffers(chosen) - given),
+        kv=kv,
         all_experts=needs.all_experts,
         least_experts=needs.least_experts,
-        kv_token=2 * sum(needs.row_bytes),
+        kv_token=2 * sum(count * row for count, row in needs.heads),
         kv_request=needs.kv(chosen),
         kv_full=full,
         context=chosen,
@@ -180,6 +192,8 @@ def plan(
         kernels=needs.kernels,
         least_budget=least,
         weights=weights,
+        device=device or "",
+        host=0 if device is None else _host(host_memory, needs.all_experts - given, needs.least_experts),
     )
     return _with_comments(result, needs, savings, given_context=context is not None, given_experts=fixed is not None)
 
@@ -216,8 +230,18 @@ def _size(name: str, value: int | float | str, whole: int | None = None) -> int:
         raise MoesaicError(f"{name}: {error}") from None
 
 
-def _budget(memory: int | str | None, useful: int) -> int:
-    return min(int(SHARE * available_bytes()), useful) if memory is None else _size("memory", memory)
+def _budget(memory: int | str | None, useful: int, device: str | None) -> int:
+    if memory is not None:
+        return _size("memory", memory)
+    return min(int(SHARE * (available_bytes() if device is None else device_bytes(device))), useful)
+
+
+def _host(memory: int | str | None, beyond: int, largest: int) -> int:
+    """Main memory for experts: `beyond` bytes that the device does not hold, and what passes through."""
+    if memory is not None:
+        return _size("host memory", memory)
+    passing = largest + PASSING
+    return max(min(int(SHARE * available_bytes()) - BASE, beyond + passing), passing)
 
 
 def _least_context(needs: Needs, context: int | None) -> int:
@@ -237,9 +261,13 @@ def needs_of(
     dtype: str,
     max_requests: int,
     max_tokens: int,
+    device: str | None = None,
     weights: str = "stored",
 ) -> Needs:
-    """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`."""
+    """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`.
+
+    On a device: the driver and its libraries, which no one but they can bound, are not counted.
+    """
     item = ITEM_BYTES[dtype]
     layout, parts = expert_entries(config, files, item)
     base, bits = text_config(config), bits_of(weights)
@@ -256,16 +284,19 @@ def needs_of(
     # Of one row: logits as computed, and in float32 with their probabilities and an order of them with its places.
     row = vocab * (item + 4 + 4 + 4 + 8)
     pregate = config.get("pregate") or {}
-    gate_rows: list[int] = []
+    gate_heads: list[tuple[int, int]] = []
     gate_token = 0
     if pregate:
         gate_width = _number(pregate, "width")
-        gate_rows = [4 * gate_width] * _number(pregate, "layers")
+        count = _number(pregate, "heads")
+        gate_heads = [(count, 4 * gate_width // count)] * _number(pregate, "layers")
         gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
-    paging = _paging(layout, parts, files, item, least)
-    kernels = _kernels(layout, parts, files, dtype, max_tokens)
-    packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys) * (dtype == "bfloat16")
-    loading = 0
+    paging = kernels = base_bytes = packs = loading = 0
+    if device is None:
+        base_bytes, paging = BASE, _paging(layout, parts, files, item, least)
+        kernels = _kernels(layout, parts, files, dtype, max_tokens)
+        if dtype == "bfloat16":
+            packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys)
     if bits is not None:
         loading, packs = BASE + dense + largest, 0
         # While an expert is made small it lies there as stored, in one piece, filled up, and small twice.
@@ -284,9 +315,9 @@ def needs_of(
     mask = max_tokens * (1 + item) + (2 * shape.query * item if shape.query != shape.keys else 0)
     return Needs(
         dense=dense,
-        fixed=BASE + kernels + max(largest, max_tokens * token + max_requests * row) + paging,
+        fixed=base_bytes + kernels + max(largest, max_tokens * token + max_requests * row) + paging,
         context_token=mask + gate_token,
-        row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
+        heads=(*[(shape.heads, shape.keys // shape.heads * item)] * shape.layers, *gate_heads),
         kernels=kernels,
         packs=packs,
         all_experts=layout.total_bytes,
@@ -328,11 +359,12 @@ def _optional(config: Mapping[str, Any], *names: str) -> int | None:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Numbers of one token in one layer: `keys` of them in its keys, and as many in its values."""
+    """Numbers of one token in one layer: `keys` of them in its keys, of all `heads`, and as many in its values."""
 
     layers: int
     query: int
     keys: int
+    heads: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "AttentionShape":
@@ -347,7 +379,8 @@ class AttentionShape:
         heads = _number(config, "num_attention_heads", "n_head", "n_heads")
         width = _optional(config, "head_dim") or _number(config, "hidden_size", "n_embd", "d_model") // heads
         shared = 1 if config.get("multi_query") else heads
-        return cls(layers, heads * width, width * (_optional(config, "num_key_value_heads", "num_kv_heads") or shared))
+        groups = _optional(config, "num_key_value_heads", "num_kv_heads") or shared
+        return cls(layers, heads * width, width * groups, groups)
 
 
 def _model_context(config: Mapping[str, Any]) -> int | None:
@@ -399,7 +432,7 @@ def _kernels(layout: Layout, parts: Parts, files: ModelFiles, dtype: str, max_to
     stored = {part.tensor for ranges in parts.values() for part in ranges}
     dense = {place.shape for name, place in files.tensors.items() if name not in stored and len(place.shape) == 2}
     experts = {sum(layout.bytes[key] for key in keys) for keys in layout.entries.values()}  # as many as widths
-    packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, 1))
+    packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, PLAIN_LEAST))
     kernels = len(dense) * packed + (2 * len(experts) * plain if dtype == "bfloat16" else 0)
     return KERNEL * min(KERNELS, kernels)
 
@@ -437,10 +470,10 @@ def _savings(
         found.append((f"--context {shorter}", needs.beside_experts(context) - needs.beside_experts(shorter)))
     others = [("--dtype bfloat16", "bfloat16", weights)] * (dtype == "float32")
     others += [("--weights int8", dtype, "int8")] * (weights == "stored")
-    same = needs_of(config, files, dtype, 1, 1, weights)
+    same = needs_of(config, files, dtype, 1, 1, weights=weights)
     for option, other_dtype, other_weights in others:
         try:
-            less = needs_of(config, files, other_dtype, 1, 1, other_weights)
+            less = needs_of(config, files, other_dtype, 1, 1, weights=other_weights)
         except MoesaicError:  # experts of another build: loading will say so
             continue
         saved = same.beside_experts(context) + same.all_experts - less.beside_experts(context) - less.all_experts
@@ -512,6 +545,19 @@ def available_bytes(root: Path = Path("/")) -> int:
             "this system does not say how much memory is available: give a budget, such as 8GiB"
         ) from None
     return max(0, min([free, *_group_limits(root)]))
+
+
+def device_bytes(device: str) -> int:
+    """Memory of an accelerator that could be taken now. Raises MoesaicError where nobody says."""
+    import torch  # here alone: plans for main memory need none
+
+    try:
+        where = torch.device(device)
+        if where.type == "cuda":
+            return int(torch.cuda.mem_get_info(where)[0])
+    except (RuntimeError, AssertionError) as error:
+        raise MoesaicError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    raise MoesaicError(f"device {device!r} does not say how much memory it has: give a budget, such as --memory 8GiB")
 
 
 def _group_limits(root: Path) -> list[int]:
