@@ -39,8 +39,6 @@ SHAPES = [(96, 128), (33, 50), (17, 7), (80, 96), (1, 64)]  # few are what the o
 # -- products ---------------------------------------------------------------------------------------------------------
 def made(product: QuantizedWeight) -> torch.Tensor:
     """The matrix that it multiplies by, in float32."""
-    plain = QuantizedWeight.__new__(QuantizedWeight)
-    vars(plain).update(vars(product))
     if product.bits == 8:
         weights, scales = product.tensors
         return (weights.float() * scales.float()[:, None])[: product.outputs, : product.inputs]
