@@ -24,6 +24,7 @@ def bench(
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration's file.")] = Path("calibration.json"),
     memory: Annotated[str | None, typer.Option(help="Memory for everything, as 8GiB; see moesaic plan.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Matrices kept as stored, int8 or int4.")] = "stored",
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that compute; default: the cores.")] = None,
     seconds: Annotated[float, typer.Option(help="How long steps are measured, about.")] = 60.0,
@@ -41,7 +42,7 @@ def bench(
     set_quiet(as_json)
     if out.is_dir():
         raise MoesaicError(f"--out {out} is a folder; expected a file, such as {out / 'calibration.json'}")
-    result = bench(model, BenchOptions(memory, dtype, context, threads, seconds, seed))
+    result = bench(model, BenchOptions(memory, dtype, weights, context, threads, seconds, seed))
     result.save(out)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
@@ -72,7 +73,8 @@ def _table(result: "Calibration") -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title=f"{result.model.name} in {result.model.dtype} on {result.machine.cpu}", box=SIMPLE)
+    kept = "" if result.model.weights == "stored" else f", weights in {result.model.weights},"
+    table = Table(title=f"{result.model.name} in {result.model.dtype}{kept} on {result.machine.cpu}", box=SIMPLE)
     table.add_column("cell", no_wrap=True)
     for name in ("tok/s", "ms", "best", "fit", "floor", "share", "of"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -21,6 +21,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the refactored
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 MaxBytes = Annotated[int, typer.Option(help="Text taken per domain, bytes.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Weights = Annotated[str, typer.Option(help="Matrices kept as stored, int8 or int4.")]
 Experts = Annotated[
     str | None, typer.Option(help="Bytes for experts, or a share of them: 4GiB, 0.5. Default: what the rest leaves.")
 ]

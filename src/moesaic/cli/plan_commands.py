@@ -33,6 +33,7 @@ def plan(
     max_requests: options.MaxRequests = 32,
     max_tokens: options.MaxTokens = 512,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "stored",
     device: options.Device = None,
     host_memory: options.HostMemory = None,
     calibration: Annotated[
@@ -54,6 +55,7 @@ def plan(
         max_requests=max_requests,
         max_tokens=max_tokens,
         dtype=dtype,
+        weights=weights,
         device=device,
         host_memory=host_memory,
     )
@@ -123,7 +125,8 @@ def _table(result: "MemoryPlan") -> "Table":
     from moesaic.files import human_bytes
 
     where = f" on {result.device}" if result.device else ""
-    table = Table(title=f"{human_bytes(result.budget)}{where} for {result.model} in {result.dtype}", box=SIMPLE)
+    title = f"{human_bytes(result.budget)}{where} for {result.model} in {result.dtype}{_weights(result)}"
+    table = Table(title=title, box=SIMPLE)
     for name in ("use", "size", "share"):
         table.add_column(name, justify="left" if name == "use" else "right")
     table.add_column("", width=BAR)
@@ -138,6 +141,10 @@ def _table(result: "MemoryPlan") -> "Table":
             f"beside it {human_bytes(result.host)} of main memory for experts that are not on {result.device}"
         )
     return table
+
+
+def _weights(result: "MemoryPlan") -> str:
+    return "" if result.weights == "stored" else f", weights in {result.weights}"
 
 
 def _uses(result: "MemoryPlan") -> list[tuple[str, int, str, str]]:

@@ -31,6 +31,7 @@ def serve(
     memory: Annotated[str | None, typer.Option(help="Memory of a replica, as 8GiB; see moesaic plan.")] = None,
     experts: options.Experts = None,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "stored",
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     max_requests: options.MaxRequests = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait beyond those; more get 429.")] = 1024,
@@ -60,8 +61,6 @@ def serve(
     needed("fastapi", "uvicorn", "prometheus_client")
     if ray:
         needed("ray", extra="ray")
-    from fastapi import FastAPI
-
     from moesaic.serve.api.app import ApiOptions, create_app
     from moesaic.serve.api.server import ServerOptions, bound, log_json, open_to_others, serve
     from moesaic.serve.options import EngineOptions
@@ -72,6 +71,7 @@ def serve(
         memory=memory,
         experts=_share(experts),
         dtype=dtype,  # type: ignore[arg-type]
+        weights=weights,  # type: ignore[arg-type]
         max_tokens=max_tokens,
         max_requests=max_requests,
         max_waiting=max_waiting,
@@ -90,7 +90,7 @@ def serve(
         typer.echo(f"warning: whoever reaches {host} may use this server: it asks for no --api-key", err=True)
 
     def run(build: Callable[[], Any]) -> None:
-        def load() -> tuple[Any, FastAPI]:
+        def load() -> tuple[Any, Any]:
             engine = build()
             ready = create_app(engine, api)
             log_json()

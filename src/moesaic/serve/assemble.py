@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moesaic.errors import MoesaicError
+from moesaic.experts.lowbit_sizes import bits_of
 from moesaic.models.loading import stored_dtype
 from moesaic.schedule.family import BATCHERS, EVICTIONS, PREDICTORS, make
 from moesaic.schedule.residency import Residency
@@ -20,9 +21,9 @@ from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
 from moesaic.serve.kv import KVPool
 from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_device, served_dtype
+from moesaic.serve.lowbit_memory import QuantizedExperts, QuantizedMemory, entry_memory
 from moesaic.serve.memory import MemorySplit
 from moesaic.serve.memory_plan import MemoryPlan, plan
-from moesaic.serve.model_files import expert_entries
 from moesaic.serve.options import EngineOptions
 from moesaic.serve.prices import LivePrices
 from moesaic.serve.runner import Machine, Runner
@@ -30,7 +31,7 @@ from moesaic.serve.slab import SlabExperts, SlabMemory, block_channels, stock_ch
 from moesaic.serve.step import Backbone
 from moesaic.serve.stock import ServedStock, StockExperts, expert_matrices
 from moesaic.serve.stock_step import StockBackbone
-from moesaic.serve.store import ExpertMemory, ExpertStore
+from moesaic.serve.store import EntryMemory, ExpertMemory, ExpertStore
 
 PRE_GATE, STICKY = "exact-pre-gate", "previous-step"  # what is expected, and what instead where no pre-gate knows
 
@@ -53,18 +54,22 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
         max_requests=options.max_requests,
         max_tokens=options.max_tokens,
         dtype=options.dtype,
+        weights=options.weights,
         device=options.device,
         host_memory=options.host_memory,
     )
     device = None if options.device is None else served_device(options.device, planned.budget)
     if device is not None:
         options = replace(options, max_requests=planned.requests)
-    loaded = load(folder, served_dtype(stored_dtype(folder), options.dtype), options.pack, device)
+    dtype = served_dtype(stored_dtype(folder), options.dtype)
+    loaded = load(folder, dtype, options.pack, device, bits_of(options.weights))
     pool = KVPool(loaded.kv, options.max_requests, planned.context, device)
     model, packs = loaded.model, Packs()
-    layout, parts = expert_entries(model.config.to_dict(), loaded.files, loaded.dtype.itemsize)
-    host = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
-    if device is None:
+    config, drop = model.config.to_dict(), options.page_cache == "drop"
+    layout, host, held = entry_memory(config, loaded.files, options.weights, loaded.dtype, drop)
+    if isinstance(held, QuantizedMemory):
+        experts = _quantized_experts(loaded, host, held)
+    elif device is None:
         experts = _experts(loaded, host, layout, packs)
     else:
         experts = _slab_experts(loaded, host, layout, planned, device)
@@ -94,7 +99,7 @@ class Experts:
     """The experts of every layer, what moves their entries, and what has to hear of entries that leave."""
 
     layers: list[Any]
-    memory: ExpertMemory | SlabMemory
+    memory: EntryMemory
     left: Callable[[Key], None]
 
 
@@ -108,6 +113,20 @@ def _experts(loaded: Loaded, host: ExpertMemory, layout: Layout, packs: Packs) -
         _fill(loaded, host)
         layers += [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
     return Experts(layers, host, lambda key: packs.drop(places(key)))
+
+
+def _quantized_experts(loaded: Loaded, host: ExpertMemory, memory: QuantizedMemory) -> Experts:
+    """In main memory, in few bits; `host` only reads them."""
+    model, layers = loaded.model, list[Any]()
+    if isinstance(model, ServedStock):
+        _matrices(loaded, host)  # are of the shapes that the model has
+        layers += [QuantizedExperts(memory, each.layer, each.own._apply_gate) for each in model.experts]
+    else:
+        _fill(loaded, host)
+        for layer, blocks in enumerate(model.blocks):
+            activate = BlockExperts(blocks, layer, Packs()).activate
+            layers.append(QuantizedExperts(memory, layer, activate, blocks.down_bias))
+    return Experts(layers, memory, lambda key: None)
 
 
 def _slab_experts(

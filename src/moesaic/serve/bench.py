@@ -28,8 +28,9 @@ from moesaic.schedule.work import Key
 from moesaic.serve.bench_steps import Burst, Kind, Step, burst, kinds, mean_experts, mean_load, measure
 from moesaic.serve.bench_work import ModelWork
 from moesaic.serve.engine import Engine
+from moesaic.serve.lowbit_memory import entry_memory
 from moesaic.serve.options import EngineOptions
-from moesaic.serve.store import ExpertMemory
+from moesaic.serve.store import EntryMemory
 from moesaic.simulate.calibration import (
     Calibration,
     Cell,
@@ -55,10 +56,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """memory, dtype, threads: as the server is started. seconds: of measuring steps, about; seed of the prompts."""
+    """memory, dtype, weights, threads: as the server is started. seconds: of measuring, about; seed of the prompts."""
 
     memory: int | str | None = None
     dtype: str = "auto"
+    weights: str = "stored"
     context: int | None = None
     threads: int | None = None
     seconds: float = 60.0
@@ -76,6 +78,7 @@ class BenchOptions:
         return EngineOptions(
             memory=self.memory,
             dtype=self.dtype,  # type: ignore[arg-type]
+            weights=self.weights,  # type: ignore[arg-type]
             context=self.context,
             threads=self.threads,
             batcher=BATCHER,
@@ -86,7 +89,7 @@ class BenchOptions:
 
 def bench(folder: str | Path, options: BenchOptions = BenchOptions()) -> Calibration:
     """Measure the machine with the model in `folder`. Raises MoesaicError if the model cannot be served."""
-    work, load = ModelWork(folder, options.dtype), _load()
+    work, load = ModelWork(folder, options.dtype, options.weights), _load()
     floors, threads = _alone(lambda: measure_floors(work, options.threads))
     steps, crowd, capacity = _measure_engine(folder, work, options)
     costs = fit_steps(work, steps)
@@ -148,7 +151,7 @@ def _once_more(floors: Floors, work: ModelWork, threads: int | None) -> Floors:
 
 def read_entries(work: ModelWork, dtype: torch.dtype, drop: bool) -> Reads:
     """Read entries one by one, as the store does, for at most READ_S seconds; each is let go again."""
-    memory = ExpertMemory(work.files, work.parts, dtype, drop)
+    _, _, memory = entry_memory(work.config, work.files, work.weights, dtype, drop)
     points = []
     try:
         end = time.perf_counter() + READ_S
@@ -161,7 +164,7 @@ def read_entries(work: ModelWork, dtype: torch.dtype, drop: bool) -> Reads:
     return fit_reads(points)
 
 
-def _read(memory: ExpertMemory, key: Key) -> float:
+def _read(memory: EntryMemory, key: Key) -> float:
     begin = time.perf_counter()
     memory.load(key)
     seconds = time.perf_counter() - begin

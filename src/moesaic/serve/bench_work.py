@@ -7,20 +7,27 @@ tokens. Flop: two for each weight and row, four for each number of a query and t
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
+from moesaic.experts.lowbit_sizes import bits_of, matrix_bytes
 from moesaic.schedule.card import Card
-from moesaic.schedule.work import keys_of
-from moesaic.serve.memory_plan import HEADS, ITEM_BYTES, AttentionShape, MemoryPlan, served_dtype, text_config
-from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, TensorPlace, expert_entries, read_json
+from moesaic.schedule.work import Key, keys_of
+from moesaic.serve.lowbit_entries import (
+    HEADS,
+    PREGATE,
+    looked_up,
+    quantized,
+    served_entries,
+    shape_of,
+    whole_experts,
+)
+from moesaic.serve.memory_plan import ITEM_BYTES, AttentionShape, MemoryPlan, served_dtype, text_config
+from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, read_json
 from moesaic.simulate.calibration import Calibration, Costs, Model, Reads
-
-PREGATE = "pregate."  # always float32
-POSITIONS = ("wpe.", "embed_positions.", "position_embeddings.")
 
 
 @dataclass
@@ -36,25 +43,33 @@ class Load:
 
 
 class ModelWork:
-    """A refactored model's sizes in the dtype that it is served in.
+    """A refactored model's sizes in the dtype and the weights that it is served in.
 
     Raises MoesaicError for a folder that is none.
     """
 
-    def __init__(self, folder: str | Path, dtype: str = "auto") -> None:
+    def __init__(self, folder: str | Path, dtype: str = "auto", weights: str = "stored") -> None:
         self.files = ModelFiles(folder)
         self.config = read_json(self.files.folder / CONFIG)
         if not self.config.get("layouts"):
             raise MoesaicError(f"{folder} is no refactored model: give what moesaic refactor wrote")
         self.dtype = served_dtype(self.config, dtype)
         self.item = ITEM_BYTES[self.dtype]
-        self.layout, self.parts = expert_entries(self.config, self.files, self.item)
+        self.weights, self.bits = weights, bits_of(weights)
+        self.layout, self.parts = served_entries(self.config, self.files, weights, self.item)
         self.shape = AttentionShape.of(text_config(self.config))
-        self.card = self._card()
+        self.experts = int(self.config["layouts"][0][0])
         self.expert_bytes = [
             sum(self.layout.bytes[key] for layer in self.layout.layers for key in self.layout.entries[layer, expert])
-            for expert in range(self.card.experts)
+            for expert in range(self.experts)
         ]
+        whole = whole_experts(self.layout, self.parts)
+        self._shapes = {key: shape_of(self.files, parts) for key, parts in whole.items()}
+        self.expert_numbers = [
+            sum(shape.numbers for key, shape in self._shapes.items() if key.unit == expert)
+            for expert in range(self.experts)
+        ]
+        self.card = self._card()
         self._dense_bytes, self._row_params, self._output_params = self._dense()
 
     @property
@@ -66,6 +81,7 @@ class ModelWork:
             self.dtype,
             fingerprint(self.config, self.files),
             sum(file.stat().st_size for file in files),
+            self.weights,
         )
 
     def amounts(self, load: Load) -> tuple[float, ...]:
@@ -87,7 +103,7 @@ class ModelWork:
     def least_flop(self, load: Load) -> float:
         """What must be computed."""
         rows = load.prefill + load.decode
-        experts = sum(count * self.expert_bytes[expert] for expert, count in load.rows.items()) / self.item
+        experts = sum(count * self.expert_numbers[expert] for expert, count in load.rows.items())
         pairs = (load.prefill_pairs + load.decode_pairs) * self.shape.query * self.shape.layers
         return 2.0 * (rows * self._row_params + load.outputs * self._output_params + experts) + 4.0 * pairs
 
@@ -98,7 +114,7 @@ class ModelWork:
         return Card(
             model=self.files.folder.resolve().name,
             layers=len(layouts),
-            experts=int(layouts[0][0]),
+            experts=self.experts,
             top_k=1,
             known_at="request",
             d=int(sites[0]["hidden"]),
@@ -108,34 +124,38 @@ class ModelWork:
             head_dim=width,
             vocab=int(text["vocab_size"]),
             matrices=3 if sites[0].get("gate") else 2,
-            weight_bytes=float(self.item),
-            blocks=tuple(tuple((width, tuple(owners)) for width, owners in blocks) for _, _, blocks in layouts),
+            weight_bytes=self.item if self.bits is None else sum(self.expert_bytes) / sum(self.expert_numbers),
+            blocks=tuple(self._blocks(layer, blocks) for layer, (_, _, blocks) in enumerate(layouts)),
         )
+
+    def _blocks(self, layer: int, blocks: Sequence[Any]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Channels and owners; in few bits every expert has its own."""
+        if self.bits is None:
+            return tuple((width, tuple(owners)) for width, owners in blocks)
+        return tuple((self._shapes[Key(layer, expert)].width, (expert,)) for expert in range(self.experts))
 
     def _dense(self) -> tuple[int, int, int]:
         """Bytes that every step reads, and weights that a row and an output multiply."""
-        stored = {part.tensor for ranges in self.parts.values() for part in ranges}
+        stored, text = {part.tensor for ranges in self.parts.values() for part in ranges}, text_config(self.config)
         size = rows = outputs = 0
         for name, place in self.files.tensors.items():
-            if name in stored or self._looked_up(name, place):
+            if name in stored or looked_up(name, place, text):
                 continue
             own = 4 if name.startswith(PREGATE) else self.item
-            size += (
-                place.elements * own if place.dtype.startswith(("F", "BF")) else place.elements * BITS[place.dtype] // 8
-            )
+            if self.bits is not None and quantized(name, place, text):
+                size += matrix_bytes(place.shape, self.bits, own)
+            else:
+                floats = place.dtype.startswith(("F", "BF"))
+                size += place.elements * own if floats else place.elements * BITS[place.dtype] // 8
             if name.endswith(HEADS):
                 outputs += place.elements
             elif len(place.shape) == 2:
                 rows += place.elements
         if not outputs:  # the head shares the embedding's weights
             outputs = self.card.vocab * self.card.d
-            size += outputs * self.item
+            tied = (self.card.vocab, self.card.d)
+            size += outputs * self.item if self.bits is None else matrix_bytes(tied, self.bits, self.item)
         return size, rows, outputs
-
-    def _looked_up(self, name: str, place: TensorPlace) -> bool:
-        """An embedding: a few of its rows are read."""
-        vocabulary = len(place.shape) == 2 and place.shape[0] == self.card.vocab and not name.endswith(HEADS)
-        return vocabulary or any(part in name for part in POSITIONS)
 
 
 def fingerprint(config: Mapping[str, Any], files: ModelFiles) -> str:
@@ -168,7 +188,7 @@ class Speed:
 
 def expected(calibration: Calibration, planned: MemoryPlan) -> Speed:
     """How fast the planned server decodes. Raises MoesaicError for a calibration of another model or dtype."""
-    work = ModelWork(planned.model, planned.dtype)
+    work = ModelWork(planned.model, planned.dtype, planned.weights)
     here, there = work.model, calibration.model
     if here.fingerprint != there.fingerprint:
         raise MoesaicError(
@@ -178,6 +198,11 @@ def expected(calibration: Calibration, planned: MemoryPlan) -> Speed:
         raise MoesaicError(
             f"the calibration was measured in {there.dtype}, this plan is in {here.dtype}: run moesaic bench with "
             f"--dtype {here.dtype}"
+        )
+    if here.weights != there.weights:
+        raise MoesaicError(
+            f"the calibration was measured with weights {there.weights}, this plan is with {here.weights}: run moesaic "
+            f"bench with --weights {here.weights}"
         )
     most = min(calibration.most_requests, planned.max_requests)
     context = min(planned.context, round(max(cell.context for cell in calibration.cells)))

@@ -80,20 +80,21 @@ class BlockExperts:
         """Whether it fills up rows by itself, so that rows more than there are tokens cost nothing."""
         return (self.layer, expert) in self.packs
 
-    def run(self, expert: int, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D)."""
+    def run(self, expert: int, x_MD: Tensor, prompts: int | None = None) -> Tensor:
+        """(M, D) -> (M, D). Rows from number `prompts` on are of prompts, which is all the same here."""
         blocks = self.blocks
         bias = self._bias(expert)
         if (packed := self.packs.get((self.layer, expert))) is not None:
             gate_up, down = packed
-            y_MD = down(self._activate(gate_up(x_MD, bias)))
+            y_MD = down(self.activate(gate_up(x_MD, bias)))
         else:
             stacked, down_DW = self._matrices(expert)
             self.packs.offer((self.layer, expert), stacked, down_DW)
-            y_MD = steady(self._activate(steady(x_MD, stacked, bias)), down_DW)
+            y_MD = steady(self.activate(steady(x_MD, stacked, bias)), down_DW)
         return y_MD if blocks.down_bias is None else y_MD.add_(blocks.down_bias)
 
-    def _activate(self, hidden_MW: Tensor) -> Tensor:
+    def activate(self, hidden_MW: Tensor) -> Tensor:
+        """act(gate) * up of both side by side, or act(up)."""
         if self.blocks.gate is None:
             return self.blocks.activation(hidden_MW)
         gate_MW, up_MW = hidden_MW.chunk(2, dim=-1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moesaic.configuration import MoesaicConfig
 from moesaic.errors import MoesaicError
 from moesaic.experts.channel_blocks import ChannelBlocks
+from moesaic.experts.lowbit import QuantizedLinear, quantize_linears
 from moesaic.experts.packed import pack_linears
 from moesaic.models.loading import load_tokenizer
 from moesaic.models.modeling_moesaic import MoesaicForCausalLM
@@ -77,10 +78,18 @@ class Loaded:
     packed_bytes: int
 
 
-def load(folder: Path, dtype: torch.dtype, pack: bool = True, device: torch.device | None = None) -> Loaded:
+def load(
+    folder: Path,
+    dtype: torch.dtype,
+    pack: bool = True,
+    device: torch.device | None = None,
+    bits: int | None = None,
+) -> Loaded:
     """Load everything but the experts of a refactored model, or of a mixture as transformers ships it, to `device`.
 
     Weights are packed for CPUs where no device is named.
+
+    bits: of a weight in the backbone's linear layers, None = as stored. The pre-gate stays as it is, so routes do.
 
     Raises MoesaicError if it is neither, tensors are missing, or its attention cannot be served.
     """
@@ -100,7 +109,14 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True, device: torch.devi
     if pack:
         fuse_norms(model.backbone)
         fuse_layers(model.backbone)
-    packed = pack_linears(model.backbone) if pack and device is None else 0
+    packed = 0
+    if bits is not None:
+        quantize_linears(model.backbone, bits, keep=model.gates if isinstance(model, ServedStock) else ())
+        head: Any = model.backbone.get_output_embeddings()
+        if isinstance(head, QuantizedLinear):
+            head.outputs = True
+    elif pack and device is None:
+        packed = pack_linears(model.backbone)
     if model.pregate is not None and pack and device is None:
         packed += pack_linears(model.pregate.layers)
     kv = kv_shapes(model)

@@ -22,8 +22,10 @@ from typing import Any
 
 from moesaic.errors import MoesaicError
 from moesaic.experts.buckets import LEAST, PLAIN_LEAST, bucket
+from moesaic.experts.lowbit_sizes import bits_of, matrix_bytes
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
+from moesaic.serve.lowbit_entries import HEADS, quantized, served_entries
 from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Parts, expert_entries, read_json
 from moesaic.simulate.system import size
 
@@ -37,9 +39,9 @@ KERNEL, KERNELS = 2**20, 1024
 PASSING = 16 * 2**20  # bytes of main memory, beyond the largest entry, that entries pass through to a device
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
+AT_ONCE = 2**24  # bytes of numbers in between while matrices are made small, see experts.lowbit
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 FLOATS = ("F64", "F32", "F16", "BF16")
-HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class MemoryPlan:
     experts:       what the engine keeps in memory at first; least_experts: the largest one of a layer.
     kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
     kernels:       what compiled kernels grow to at most, part of the buffers.
+    weights:       what matrices are kept in.
     device:        where all this is, "" = main memory. host: main memory for experts that the device does not hold.
     least_budget:  less cannot work with this context, these experts and this dtype.
     problems:      what does not fit though it works; advice: what to change.
@@ -72,6 +75,7 @@ class MemoryPlan:
     max_requests: int
     kernels: int
     least_budget: int
+    weights: str = "stored"
     device: str = ""
     host: int = 0
     problems: list[str] = field(default_factory=list)
@@ -96,6 +100,7 @@ class Needs:
                key in one; values take the same.
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
     packs:     what packed copies of all experts take; worth having, never needed.
+    loading:   everything while the backbone is loaded, where that is more than it takes later.
     """
 
     dense: int
@@ -107,6 +112,7 @@ class Needs:
     all_experts: int
     least_experts: int
     model_context: int | None
+    loading: int = 0
 
     def kv(self, context: int) -> int:
         """Keys and values of one request: a slot's pages, by head, in every layer."""
@@ -130,6 +136,7 @@ def plan(
     max_requests: int = 32,
     max_tokens: int = 512,
     dtype: str = "auto",
+    weights: str = "stored",
     device: str | None = None,
     host_memory: int | str | None = None,
 ) -> MemoryPlan:
@@ -141,18 +148,21 @@ def plan(
     """
     if max_requests < 1 or max_tokens < 1:
         raise MoesaicError(f"max_requests {max_requests}, max_tokens {max_tokens}: expected at least 1")
+    if device is not None and bits_of(weights) is not None:
+        raise MoesaicError(f"weights {weights} on {device}: only CPUs have these products; leave out one of both")
     files = ModelFiles(folder)
     config = read_json(files.folder / CONFIG)
     dtype = served_dtype(config, dtype)
-    needs = needs_of(config, files, dtype, max_requests, max_tokens, device)
+    needs = needs_of(config, files, dtype, max_requests, max_tokens, device, weights)
     first = _least_context(needs, context)
     longest = context or max(needs.model_context or 0, first)
     fixed = _fixed_experts(needs, experts)
     wanted = needs.all_experts if fixed is None else fixed
     least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
+    least = max(least, needs.loading)
     useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest) + needs.packs
-    budget = _budget(memory, useful, device)
-    savings = _savings(files, config, dtype, needs, first)
+    budget = _budget(memory, max(useful, needs.loading), device)
+    savings = _savings(files, config, dtype, weights, needs, first)
     if budget < least:
         if fixed is not None and fixed > needs.least_experts:
             savings = [(f"--experts {needs.least_experts}", fixed - needs.least_experts), *savings]
@@ -181,6 +191,7 @@ def plan(
         max_requests=max_requests,
         kernels=needs.kernels,
         least_budget=least,
+        weights=weights,
         device=device or "",
         host=0 if device is None else _host(host_memory, needs.all_experts - given, needs.least_experts),
     )
@@ -251,6 +262,7 @@ def needs_of(
     max_requests: int,
     max_tokens: int,
     device: str | None = None,
+    weights: str = "stored",
 ) -> Needs:
     """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`.
 
@@ -258,7 +270,7 @@ def needs_of(
     """
     item = ITEM_BYTES[dtype]
     layout, parts = expert_entries(config, files, item)
-    base = text_config(config)
+    base, bits = text_config(config), bits_of(weights)
     least = max(sum(layout.bytes[key] for key in keys) for keys in layout.entries.values())
     dense, largest = _dense(base, files, parts, item)
     shape = AttentionShape.of(base)
@@ -279,12 +291,26 @@ def needs_of(
         count = _number(pregate, "heads")
         gate_heads = [(count, 4 * gate_width // count)] * _number(pregate, "layers")
         gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
-    paging = kernels = base_bytes = packs = 0
+    paging = kernels = base_bytes = packs = loading = 0
     if device is None:
         base_bytes, paging = BASE, _paging(layout, parts, files, item, least)
         kernels = _kernels(layout, parts, files, dtype, max_tokens)
         if dtype == "bfloat16":
             packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys)
+    if bits is not None:
+        loading, packs = BASE + dense + largest, 0
+        # While an expert is made small it lies there as stored, in one piece, filled up, and small twice.
+        paging = 5 * least + AT_ONCE
+        dense, largest = _dense(base, files, parts, item, bits)
+        largest = 2 * largest + AT_ONCE
+        if bits == 8:  # matrices are made anew for prompts
+            largest = max(
+                largest, max_tokens * token + max_requests * row + _anew(base, files, parts, item, shape, least)
+            )
+        else:
+            kernels = _kernels_beside(base, files, parts, max_tokens)
+        layout, _ = served_entries(config, files, weights, item)
+        least = max(layout.bytes.values())
     # A chunk's mask over the context, and keys and values repeated for the heads that share them.
     mask = max_tokens * (1 + item) + (2 * shape.query * item if shape.query != shape.keys else 0)
     return Needs(
@@ -297,6 +323,7 @@ def needs_of(
         all_experts=layout.total_bytes,
         least_experts=least,
         model_context=_model_context(base),
+        loading=loading,
     )
 
 
@@ -360,21 +387,27 @@ def _model_context(config: Mapping[str, Any]) -> int | None:
     return _optional(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
-def _dense(config: Mapping[str, Any], files: ModelFiles, parts: Parts, item: int) -> tuple[int, int]:
-    """Bytes of all weights but experts, and of the largest one."""
+def _dense(
+    config: Mapping[str, Any], files: ModelFiles, parts: Parts, item: int, bits: int | None = None
+) -> tuple[int, int]:
+    """Bytes of all weights but experts, linear layers in `bits` a weight, and of the largest one."""
     experts = {part.tensor for ranges in parts.values() for part in ranges}
     sizes = []
     for name, place in files.tensors.items():
         if name not in experts:
-            bits = BITS[place.dtype]
+            each = BITS[place.dtype]
             if name.startswith("pregate."):
-                bits = 32  # whatever the rest is
+                each = 32  # whatever the rest is
             elif place.dtype in FLOATS:
-                bits = 8 * item
-            sizes.append(place.elements * bits // 8)
+                each = 8 * item
+            if bits is not None and quantized(name, place, config):
+                sizes.append(matrix_bytes(place.shape, bits, item))
+            else:
+                sizes.append(place.elements * each // 8)
     if not any(name.endswith(HEADS) for name in files.tensors):
         # The output head shares the embedding's weights, but is packed into an order of its own.
-        sizes.append(_number(config, "vocab_size") * _number(config, "hidden_size", "n_embd", "d_model") * item)
+        shape = _number(config, "vocab_size"), _number(config, "hidden_size", "n_embd", "d_model")
+        sizes.append(shape[0] * shape[1] * item if bits is None else matrix_bytes(shape, bits, item))
     return sum(sizes), max(sizes)
 
 
@@ -404,20 +437,47 @@ def _kernels(layout: Layout, parts: Parts, files: ModelFiles, dtype: str, max_to
     return KERNEL * min(KERNELS, kernels)
 
 
+def _anew(
+    config: Mapping[str, Any], files: ModelFiles, parts: Parts, item: int, shape: AttentionShape, expert: int
+) -> int:
+    """Bytes of the largest matrix that a product of prompts makes anew: never the head's."""
+    stored = {part.tensor for ranges in parts.values() for part in ranges}
+    sizes = [
+        place.elements * item
+        for name, place in files.tensors.items()
+        if name not in stored and not name.endswith(HEADS) and quantized(name, place, config)
+    ]
+    stacked = _number(config, "hidden_size", "n_embd", "d_model") * (shape.query + 2 * shape.keys) * item
+    return max(*sizes, stacked, expert)
+
+
+def _kernels_beside(config: Mapping[str, Any], files: ModelFiles, parts: Parts, max_tokens: int) -> int:
+    """The same where most matrices are kept in few bits: nothing is compiled for those."""
+    stored = {part.tensor for ranges in parts.values() for part in ranges}
+    rest = ((name, place) for name, place in files.tensors.items() if name not in stored and len(place.shape) == 2)
+    shapes = {place.shape for name, place in rest if not quantized(name, place, config)}
+    return KERNEL * min(KERNELS, len(shapes) * len({bucket(rows) for rows in range(1, max_tokens + 1)}))
+
+
 # -- what to say ------------------------------------------------------------------------------------------------------
 def _savings(
-    files: ModelFiles, config: Mapping[str, Any], dtype: str, needs: Needs, context: int
+    files: ModelFiles, config: Mapping[str, Any], dtype: str, weights: str, needs: Needs, context: int
 ) -> list[tuple[str, int]]:
     """Options that lower the minimum, and the bytes each saves; the first saves most."""
     found = []
     if context > 512:
         shorter = max(context // 4, 512)
         found.append((f"--context {shorter}", needs.beside_experts(context) - needs.beside_experts(shorter)))
-    if dtype == "float32":
-        half = needs_of(config, files, "bfloat16", 1, 1)
-        same = needs_of(config, files, dtype, 1, 1)
-        saved = same.beside_experts(context) + same.all_experts - half.beside_experts(context) - half.all_experts
-        found.append(("--dtype bfloat16", saved))
+    others = [("--dtype bfloat16", "bfloat16", weights)] * (dtype == "float32")
+    others += [("--weights int8", dtype, "int8")] * (weights == "stored")
+    same = needs_of(config, files, dtype, 1, 1, weights=weights)
+    for option, other_dtype, other_weights in others:
+        try:
+            less = needs_of(config, files, other_dtype, 1, 1, weights=other_weights)
+        except MoesaicError:  # experts of another build: loading will say so
+            continue
+        saved = same.beside_experts(context) + same.all_experts - less.beside_experts(context) - less.all_experts
+        found.append((option, saved))
     return sorted((option for option in found if option[1] > 0), key=lambda option: -option[1])
 
 

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.errors import MoesaicError
+from moesaic.experts.lowbit_sizes import bits_of
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Weights = Literal["stored", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,7 @@ class EngineOptions:
 
     memory:        bytes for everything the engine holds, as a number or "8GiB"; None = what the plan takes.
     experts:       bytes for resident experts, or a share of them in (0, 1]; None = what the budget leaves.
+    weights:       what matrices of linear layers and experts are kept in; rows are computed in `dtype` all the same.
     max_tokens:    tokens in one step; longer prompts run in chunks of at most `chunk`.
     max_requests:  running at a time. max_waiting: queued beyond those; more are refused.
     context:       longest prompt plus output, None = what the model allows.
@@ -30,6 +33,7 @@ class EngineOptions:
     memory: int | str | None = None
     experts: int | float | str | None = None
     dtype: Dtype = "auto"
+    weights: Weights = "stored"
     max_tokens: int = 512
     chunk: int = 256
     max_requests: int = 32
@@ -49,6 +53,7 @@ class EngineOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        bits_of(self.weights)
         for name in ("max_tokens", "chunk", "max_requests"):
             if getattr(self, name) < 1:
                 raise MoesaicError(f"{name} is {getattr(self, name)}: expected at least 1")

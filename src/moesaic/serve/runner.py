@@ -230,7 +230,7 @@ class Runner:
             else:
                 residency.begin(items, again, lambda request: self._stages(self.batcher.ready[request]))
                 residency.ahead(0)
-        # decode tokens of one expert side by side: mostly nothing needs sorting
+        # Prompts last, as a step wants them; decode tokens of one expert side by side: mostly nothing needs sorting.
         ordered = sorted(staged, key=lambda each: (each[0].left > 0, *(call.expert for call in each[1].calls[:1])))
         parts = [self._part(request, item) for request, item in ordered]
         with self._books():

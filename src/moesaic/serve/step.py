@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.experts.lowbit import prompts_from
 from moesaic.experts.packed import PackedLinear
 from moesaic.schedule.work import WorkItem
 from moesaic.serve import attention
@@ -21,6 +22,7 @@ from moesaic.serve.attention import RaggedAttention, Segment
 from moesaic.serve.decoder import decoder_of
 from moesaic.serve.experts import BlockExperts
 from moesaic.serve.kv import KVPool
+from moesaic.serve.lowbit_memory import QuantizedExperts
 from moesaic.serve.store import ExpertStore
 
 
@@ -45,11 +47,13 @@ class Part:
 class TokenOrder:
     """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are.
 
+    prompts: of each expert, from which of its rows on they are of prompts; in the step, those from `first` on are.
     only: the expert of all, None where there are several.
     """
 
-    def __init__(self, expert_N: NDArray[np.int16], device: torch.device) -> None:
+    def __init__(self, expert_N: NDArray[np.int16], first: int, device: torch.device) -> None:
         counts = np.bincount(expert_N)
+        self.prompts = np.bincount(expert_N[:first], minlength=len(counts)).tolist()
         ends = np.cumsum(counts)
         self.slices = {int(e): slice(int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)}
         self.only = next(iter(self.slices)) if len(self.slices) == 1 else None
@@ -75,7 +79,9 @@ class Backbone:
 
     filled = True  # a step may have rows more than its tokens: what stands in for experts leaves them out
 
-    def __init__(self, model: Any, experts: Sequence[BlockExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(
+        self, model: Any, experts: Sequence[BlockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool
+    ) -> None:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
         self.decoder = decoder_of(model.backbone, self.filled and _packed(model.backbone))
         self.routes: list[WorkItem] = []
@@ -89,7 +95,8 @@ class Backbone:
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
         count = sum(len(part.ids) for part in parts)
-        tokens = TokenOrder(np.concatenate([part.experts for part in parts]), self.pool.device)
+        experts_N = np.concatenate([part.experts for part in parts])
+        tokens = TokenOrder(experts_N, first_of_prompts(parts), self.pool.device)
 
         def ffn(layer: int, x_PD: Tensor) -> Tensor:
             if complete and tokens.only is not None and self.experts[layer].packed(tokens.only):
@@ -102,13 +109,13 @@ class Backbone:
             y_ND = torch.empty_like(x_ND)
             if complete:
                 for expert, rows in tokens.slices.items():
-                    y_ND[rows] = self.experts[layer].run(expert, x_ND[rows])
+                    y_ND[rows] = self.experts[layer].run(expert, x_ND[rows], tokens.prompts[expert])
                 return tokens.scatter(y_ND)
             for wave in self.store.residency.waves(layer):
                 with self.store.held(layer, wave):
                     for call in wave:
                         rows = tokens.slices[call.expert]
-                        y_ND[rows] = self.experts[layer].run(call.expert, x_ND[rows])
+                        y_ND[rows] = self.experts[layer].run(call.expert, x_ND[rows], tokens.prompts[call.expert])
             return tokens.scatter(y_ND)
 
         with self.model.step.use(ffn):
@@ -120,13 +127,18 @@ class Backbone:
         rows = np.cumsum([len(part.ids) for part in parts]) - 1
         wanted = [row for row, part in zip(rows.tolist(), parts, strict=True) if part.last]
         ids_N = torch.tensor([token for part in parts for token in part.ids], device=self.pool.device)
-        with attention.current.use(step):
+        with attention.current.use(step), prompts_from(first_of_prompts(parts)):
             logits_RV = self.decoder(ids_N, step.pos_N, torch.tensor(wanted or [0], device=self.pool.device))
         return logits_RV[: len(wanted)]
 
 
 def _packed(model: torch.nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def first_of_prompts(parts: Sequence[Part]) -> int:
+    """How many tokens come before those of prompts: all of them are in parts that come first."""
+    return sum(len(part.ids) for part in parts if not part.prompt)
 
 
 def segments(parts: Sequence[Part]) -> list[Segment]:

@@ -117,10 +117,10 @@ class StockExperts:
 
     def __init__(self, served: ServedExperts, matrices: Sequence[Sequence[Tensor]], packs: Packs) -> None:
         self.activate: Callable[[Tensor], Tensor] = served.own._apply_gate
-        self.layer, self.matrices, self.packs = served.layer, matrices, packs
+        self.layer, self.matrices, self.packs, self.count = served.layer, matrices, packs, len(matrices)
 
-    def run(self, expert: int, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D)."""
+    def run(self, expert: int, x_MD: Tensor, prompts: int | None = None) -> Tensor:
+        """(M, D) -> (M, D). Rows from number `prompts` on are of prompts, which is all the same here."""
         at = self.layer, expert
         if (packed := self.packs.get(at)) is not None:
             *first, down = packed

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moesaic.schedule.work import Call, Key, Known, WorkItem
 from moesaic.serve.kv import KVPool
-from moesaic.serve.step import Backbone, Part
+from moesaic.serve.lowbit_memory import QuantizedExperts
+from moesaic.serve.step import Backbone, Part, first_of_prompts
 from moesaic.serve.stock import ServedStock, StockExperts
 from moesaic.serve.store import ExpertReadError, ExpertStore
 
@@ -24,7 +25,9 @@ class StockBackbone(Backbone):
 
     filled = False  # the routers would choose experts for such rows too
 
-    def __init__(self, model: ServedStock, experts: Sequence[StockExperts], store: ExpertStore, pool: KVPool) -> None:
+    def __init__(
+        self, model: ServedStock, experts: Sequence[StockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool
+    ) -> None:
         super().__init__(model, (), store, pool)
         self.stock, self.by_layer = model, experts
         self._single: dict[tuple[int, int], Call] = {}
@@ -58,6 +61,7 @@ class StockStep:
         self.ends = np.cumsum([len(part.ids) for part in parts])
         self.routes: list[list[Call]] = []  # of each layer so far
         self.first: list[WorkItem] = []  # the items with their calls in the first layer
+        self.prompts = first_of_prompts(parts)  # the row from which on tokens are of prompts
         self.experts_N = self._wanted()
 
     def _wanted(self) -> Tensor | None:
@@ -71,9 +75,8 @@ class StockStep:
         """(N, D): the weighted sum of each token's experts."""
         pairs = Pairs(index_NK, weight_NK)
         experts = self.backbone.by_layer[layer]
-        count = len(experts.matrices)
         out_PD = hidden_ND.new_zeros(len(pairs.weight_P), hidden_ND.shape[-1])
-        calls = [self.backbone.call(layer, e, tokens) for e, tokens in pairs.groups() if e < count]
+        calls = [self.backbone.call(layer, e, tokens) for e, tokens in pairs.groups() if e < experts.count]
         self.routes.append(calls)
         if not self.complete or not self.first:
             items = self._items(calls, pairs)
@@ -81,13 +84,20 @@ class StockStep:
         for wave in [calls] if self.complete else self._waves(layer, calls, items):
             for call in wave:
                 at_M = pairs.of(call.expert)
-                y_MD = experts.run(call.expert, hidden_ND[at_M // pairs.each])
+                token_M = at_M // pairs.each
+                y_MD = experts.run(call.expert, hidden_ND[token_M], self._prompts(token_M, len(hidden_ND)))
                 out_PD[at_M] = (y_MD * pairs.weight_P[at_M, None]).to(out_PD.dtype)
         out_NKD = out_PD.view(len(hidden_ND), pairs.each, -1)
         total_ND = out_NKD[:, 0].clone()
         for place in range(1, pairs.each):
             total_ND += out_NKD[:, place]
         return total_ND
+
+    def _prompts(self, token_M: Tensor, tokens: int) -> int:
+        """Of these tokens of the step, from which on they are of prompts."""
+        if self.prompts in (0, tokens):
+            return len(token_M) if self.prompts else 0
+        return int((token_M < self.prompts).sum())
 
     def _waves(self, layer: int, calls: Sequence[Call], items: Sequence[WorkItem]) -> Iterator[Sequence[Call]]:
         """Calls whose entries are there for as long as they are worked on."""

@@ -69,12 +69,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """What was measured; `fingerprint` is of its configuration and the shapes of its tensors, `bytes` of its files."""
+    """What was measured. fingerprint: of its configuration and its tensors' shapes; bytes: of its files.
+
+    weights: as stored, or the few bits that they were kept in.
+    """
 
     name: str
     dtype: str
     fingerprint: str
     bytes: int
+    weights: str = "stored"
 
 
 @dataclass(frozen=True)

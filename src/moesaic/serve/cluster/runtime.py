@@ -100,6 +100,7 @@ def fitted(model: Path, options: EngineOptions, replicas: Replicas) -> EngineOpt
         max_requests=options.max_requests,
         max_tokens=options.max_tokens,
         dtype=options.dtype,
+        weights=options.weights,
     )
     return replace(options, threads=threads, memory=memory if options.memory is not None else planned.budget)
 
