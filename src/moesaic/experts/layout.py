@@ -4,9 +4,11 @@ A channel's signature is the set of experts that own it. Channels of equal signa
 expert owns is dropped. Blocks are ordered so that each expert's channels fall into few contiguous runs.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -81,6 +83,13 @@ class BlockLayout:
         """Channels owned by at least one of `experts`."""
         wanted = set(experts)
         return sum(block.width for block in self.blocks if wanted.intersection(block.owners))
+
+    @cached_property
+    def shape(self) -> str:
+        """Sizes, roughly: stored and mean expert width to about a fifth, runs of an expert to a factor of two."""
+        widths, runs = ([f(e) for e in range(self.experts)] for f in (self.expert_width, lambda e: len(self.runs(e))))
+        stored, mean = (2 ** (round(4 * math.log2(max(1, width))) / 4) for width in (self.width, fmean(widths)))
+        return f"W{stored:.0f} w{mean:.0f} E{self.experts} r{2 ** round(math.log2(max(1, fmean(runs))))}"
 
     def mask(self) -> Tensor:
         """(E, W) bool: which expert owns which stored channel."""
