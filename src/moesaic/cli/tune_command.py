@@ -58,6 +58,10 @@ def tune(
     for shape, times in tuned.shapes.items():
         console.print(_table(shape, times))
     typer.echo(f"{tuned.fresh} cells measured, the others known before: {tuned.file}")
+    if tuned.disturbed:
+        typer.echo(
+            f"{tuned.disturbed} of them were disturbed by other programs and not kept: run it again when the machine is idle"
+        )
 
 
 def _table(shape: str, times: "Times") -> "Table":

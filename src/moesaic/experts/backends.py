@@ -1,7 +1,7 @@
 """Which way of computing is taken: all there are by name, what each needs, and the choice for a layer and its tokens.
 
 Correctness never depends on the choice, only time and memory do. Where this machine was measured for a layer of this
-shape (`moesaic tune`), the fastest backend whose copies fit into the layer's limit is taken; elsewhere constants decide.
+shape (`moesaic tune`), the fastest backend whose copies fit into the layer's limit is taken; elsewhere constants are.
 """
 
 from collections.abc import Callable, Sequence

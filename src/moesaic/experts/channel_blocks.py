@@ -58,7 +58,7 @@ class ChannelBlocks(nn.Module):
         self.layout = layout
         self.activation = activation
         self.dropout = dropout
-        self.untied = sum(block.width for block in layout.blocks) > layout.source_width
+        self.untied: bool = sum(block.width for block in layout.blocks) > layout.source_width
 
         def rows(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if wanted else None

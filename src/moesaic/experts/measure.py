@@ -17,13 +17,15 @@ from moesaic.experts.backends import BACKENDS
 from moesaic.experts.bank import FFNBank
 from moesaic.experts.bank_backends import BANK_BACKENDS
 from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups
-from moesaic.experts.tuning import Cell
+from moesaic.experts.tuning import MOST_TOKENS, Cell
 
-TOKENS = (1, 4, 8, 16, 32, 128, 512)
+TOKENS = (1, 4, 8, 16, 32, 128, MOST_TOKENS)
 CELL_SECONDS = 0.05  # of one cell, about; a cell of long calls takes four calls of each side
 ROTATE_BYTES = 96 * 2**20  # of weights that take turns: several times a last-level cache
 COPIES_BYTES = 2**30  # that may be made to measure, all layers together; they are let go afterwards
 FAR_BEHIND = 2.0
+DISTURBED = 1.5  # median over fastest: on an idle machine they are within a fifth of each other
+TRIES = 3
 
 Layer = ChannelBlocks | FFNBank
 Side = Callable[[], object]
@@ -61,8 +63,11 @@ def unlimited(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure(layers: Sequence[Layer], cell: Cell) -> dict[str, float]:
-    """Microseconds of a layer by backend, the simplest first. Layers are all blocks or all banks, of one shape."""
+def measure(layers: Sequence[Layer], cell: Cell) -> tuple[dict[str, float], bool]:
+    """Microseconds of a layer by backend, the simplest first; False if other programs disturbed every try.
+
+    Layers are all blocks or all banks, of one shape.
+    """
     tokens, used = cell
     generator = torch.Generator().manual_seed(tokens)
     expert_N = torch.randint(used, (tokens,), generator=generator)
@@ -74,11 +79,16 @@ def measure(layers: Sequence[Layer], cell: Cell) -> dict[str, float]:
     blocks = [layer for layer in layers if isinstance(layer, ChannelBlocks)]
     banks = [layer for layer in layers if isinstance(layer, FFNBank)]
     sides = _block_sides(blocks, x_ND, expert_N, used) if blocks else _bank_sides(banks, x_ND, expert_N)
-    return {name: 1e6 * seconds / len(layers) for name, seconds in times(sides, CELL_SECONDS).items()}
+    for _ in range(TRIES):
+        found, disturbed = times(sides, CELL_SECONDS)
+        if not disturbed:
+            break
+    return {name: 1e6 * seconds / len(layers) for name, seconds in found.items()}, not disturbed
 
 
 def _block_sides(layers: Sequence[ChannelBlocks], x_ND: Tensor, expert_N: Tensor, used: int) -> dict[str, Side]:
-    groups, sides, experts = TokenGroups(expert_N), {}, range(used)
+    groups, experts = TokenGroups(expert_N), range(used)
+    sides: dict[str, Side] = {}
     for name, backend in BACKENDS.items():
         extra = sum(backend.extra_bytes(blocks, experts) for blocks in layers)
         if extra <= COPIES_BYTES and all(backend.suits(blocks) for blocks in layers):
@@ -87,7 +97,8 @@ def _block_sides(layers: Sequence[ChannelBlocks], x_ND: Tensor, expert_N: Tensor
 
 
 def _bank_sides(layers: Sequence[FFNBank], x_ND: Tensor, expert_N: Tensor) -> dict[str, Side]:
-    counts, sides = torch.bincount(expert_N, minlength=layers[0].experts).tolist(), {}
+    counts = torch.bincount(expert_N, minlength=layers[0].experts).tolist()
+    sides: dict[str, Side] = {}
     for name, backend in BANK_BACKENDS.items():
         extra = sum(sum(bank.expert_bytes) for bank in layers) if backend.copies else 0
         if extra <= COPIES_BYTES and all(backend.suits(bank) for bank in layers):
@@ -100,11 +111,11 @@ def _run(calls: Sequence[Side]) -> None:
         call()
 
 
-def times(sides: dict[str, Side], seconds: float) -> dict[str, float]:
-    """Median seconds of each side, after a run that makes its copies."""
+def times(sides: dict[str, Side], seconds: float) -> tuple[dict[str, float], bool]:
+    """Median seconds of each side, after a run that makes its copies; whether something disturbed them."""
     for side in sides.values():
         side()
-    trial = {name: _seconds(side) for name, side in sides.items()}
+    trial = {name: min(_seconds(side), _seconds(side)) for name, side in sides.items()}
     fastest = min(trial.values())
     near = [name for name in sides if trial[name] <= FAR_BEHIND * fastest]
     rounds: dict[str, list[float]] = {name: [] for name in near}
@@ -112,7 +123,9 @@ def times(sides: dict[str, Side], seconds: float) -> dict[str, float]:
     for number in range(count):
         for name in near[number % len(near) :] + near[: number % len(near)]:
             rounds[name].append(_seconds(sides[name]))
-    return {name: statistics.median(rounds[name]) if rounds.get(name) else trial[name] for name in sides}
+    disturbed = any(statistics.median(rounds[name]) > DISTURBED * min(rounds[name]) for name in near if rounds[name])
+    found = {name: statistics.median(rounds[name]) if rounds.get(name) else trial[name] for name in sides}
+    return found, disturbed
 
 
 def _seconds(side: Side) -> float:

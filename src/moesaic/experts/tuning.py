@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moesaic.experts.channel_blocks import ChannelBlocks
 
 FORMAT = 1
+MOST_TOKENS = 512  # measured; more are taken for as many
 MARGIN = 0.05  # by how much a backend must be faster than a simpler one to be preferred
 
 Cell = tuple[int, int]
@@ -44,12 +45,13 @@ class Shape:
     _found: dict[Cell, tuple[str, ...]] = field(default_factory=dict)
 
     def ranking(self, tokens: int, used: int) -> tuple[str, ...]:
-        """Backends, best first, of the nearest cell: first in tokens, then in experts."""
+        """Backends, best first, of the nearest cell: first in tokens, then in experts. None if all are far off."""
         if (tokens, used) not in self._found:
             if len(self._found) > 4096:
                 self._found.clear()
             cell = min(self.times, key=lambda c: (_apart(c[0], tokens), _apart(c[1], used)))
-            self._found[tokens, used] = rank(self.times[cell])
+            near = _apart(cell[0], min(tokens, MOST_TOKENS)) <= 2
+            self._found[tokens, used] = rank(self.times[cell]) if near else ()
         return self._found[tokens, used]
 
 

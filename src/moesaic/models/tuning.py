@@ -25,6 +25,7 @@ class Tuned:
     shapes: dict[str, tuning.Times]
     file: Path
     fresh: int  # cells measured by this call; the others stood in the file
+    disturbed: int  # of those, not kept: other programs ran
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the choice of each cell."""
@@ -32,6 +33,8 @@ class Tuned:
             "file": str(self.file),
             "machine": tuning.machine(),
             "threads": torch.get_num_threads(),
+            "measured": self.fresh,
+            "disturbed": self.disturbed,
             "shapes": {
                 shape: [
                     {"tokens": cell[0], "experts": cell[1], "choice": tuning.rank(row)[0], "microseconds": row}
@@ -46,16 +49,18 @@ def tune(model: nn.Module, *, again: bool = False) -> Tuned:
     """Measure which backend computes this model's expert layers fastest on this machine, and remember it.
 
     For CPUs. Every process of the user then chooses by it for layers of these shapes, with as many threads. Measures
-    what the table lacks; `again` all. Takes seconds for each shape of a layer; needs up to a GiB for copies meanwhile.
+    what the table lacks; `again` all. What other programs disturb is not kept. Takes seconds for each shape of a layer;
+    needs up to a GiB for copies meanwhile.
 
     Raises MoesaicError for a model without expert layers, or on another device.
     """
     shapes: dict[str, list[Layer]] = {}
     for layer in expert_layers(model):
         shapes.setdefault(_shape(layer), []).append(layer)
+    disturbed = 0
     wanted = {shape: cells(_experts(layers[0]), _whole(layers[0])) for shape, layers in shapes.items()}
-    known = {shape: {} if again else tuning.measured(shape) for shape in shapes}
-    missing = {shape: [cell for cell in cells if cell not in known[shape]] for shape, cells in wanted.items()}
+    known = {shape: tuning.measured(shape) for shape in shapes}
+    missing = {shape: [c for c in wanted[shape] if again or c not in known[shape]] for shape in shapes}
     with Progress("tune", total=sum(map(len, missing.values())), unit="cells") as progress, _evaluating(model):
         for shape, layers in shapes.items():
             if not missing[shape]:
@@ -63,10 +68,14 @@ def tune(model: nn.Module, *, again: bool = False) -> Tuned:
             turns = rotation(layers)
             with unlimited(turns):
                 for cell in missing[shape]:
-                    known[shape][cell] = measure(turns, cell)
+                    row, steady = measure(turns, cell)
+                    if steady:
+                        known[shape][cell] = row
+                    else:
+                        disturbed += 1
                     progress.advance()
             tuning.save(shape, known[shape])
-    return Tuned(known, tuning.cache_file(), sum(map(len, missing.values())))
+    return Tuned(known, tuning.cache_file(), sum(map(len, missing.values())), disturbed)
 
 
 def expert_layers(model: nn.Module) -> list[Layer]:
