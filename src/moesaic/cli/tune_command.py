@@ -60,7 +60,7 @@ def tune(
     typer.echo(f"{tuned.fresh} cells measured, the others known before: {tuned.file}")
     if tuned.disturbed:
         typer.echo(
-            f"{tuned.disturbed} of them were disturbed by other programs and not kept: run it again when the machine is idle"
+            f"{tuned.disturbed} of them were disturbed and not kept: run it again when no other program computes"
         )
 
 
