@@ -119,11 +119,11 @@ def times(sides: dict[str, Side], seconds: float) -> tuple[dict[str, float], boo
     fastest = min(trial.values())
     near = [name for name in sides if trial[name] <= FAR_BEHIND * fastest]
     rounds: dict[str, list[float]] = {name: [] for name in near}
-    count = max(3, min(25, int(seconds / sum(trial[name] for name in near)))) if len(near) > 1 else 0
+    count = max(3, min(25, int(seconds / sum(trial[name] for name in near))))
     for number in range(count):
         for name in near[number % len(near) :] + near[: number % len(near)]:
             rounds[name].append(_seconds(sides[name]))
-    disturbed = any(statistics.median(rounds[name]) > DISTURBED * min(rounds[name]) for name in near if rounds[name])
+    disturbed = any(statistics.median(rounds[name]) > DISTURBED * min(rounds[name]) for name in near)
     found = {name: statistics.median(rounds[name]) if rounds.get(name) else trial[name] for name in sides}
     return found, disturbed
 
