@@ -148,7 +148,7 @@ def prepare(dense: PreTrainedModel, moe: PreTrainedModel, args: argparse.Namespa
     if args.pack:
         for model in (dense, moe):
             moesaic.optimize(model)
-    done["copies_limit"] = sum(blocks.copies.limit for blocks in moe.ffns())
+    done["copies_limit"] = sum(blocks.copies.limit_for(blocks) for blocks in moe.ffns())
     return done
 
 

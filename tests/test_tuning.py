@@ -237,7 +237,9 @@ def test_deepcopies_and_state_dicts_carry_no_copies():
 
 def test_limits_are_shared_by_size():
     small, large = FFNBank(2, 16, 16), FFNBank(2, 16, 48)
-    assert small.copies.limit == LEAST_LIMIT
+    assert small.copies.limit_for(small) == LEAST_LIMIT
+    wide = FFNBank(8, 1024, 2048, up_bias=True)
+    assert wide.copies.limit_for(wide) == sum(wide.expert_bytes) == 2 * wide.bfloat16().copies.limit_for(wide)
     limit_copies([small, large], 1000)
     assert (small.copies.limit, large.copies.limit) == (250, 750)
     with pytest.raises(MoesaicError, match="copies = -1"):
@@ -390,6 +392,17 @@ def test_the_command(table, few_cells, refactored, tmp_path):
     assert {cell["choice"] for rows in found["shapes"].values() for cell in rows} <= set(BACKENDS)
     shown = CliRunner().invoke(app, ["tune", str(tmp_path / "moe")])
     assert shown.exit_code == 0 and "0 cells measured" in shown.stdout and "prepacked" in shown.stdout
+
+
+def test_banks_of_routed_models_are_tuned_too(table, few_cells, dense):
+    model = moesaic.attach_router(dense, router="top-k", experts=4, upcycle="split")
+    ids = torch.randint(64, (2, 9))
+    before = model(ids).logits.detach()
+    tuned = moesaic.tune(model)
+    assert [shape.split()[0] for shape in tuned.shapes] == ["bank"]
+    assert {name for times in tuned.shapes.values() for row in times.values() for name in row} == set(BANK_BACKENDS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_experts_is_refused(dense):

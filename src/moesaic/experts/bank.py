@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import MoesaicError
 from moesaic.experts import bank_backends
-from moesaic.experts.copies import Copies, Stacked, default_limit
+from moesaic.experts.copies import Copies, Stacked
 from moesaic.routing.contract import RoutePlan
 
 Activation = Callable[[Tensor], Tensor]
@@ -76,7 +76,7 @@ class FFNBank(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.register_parameter("gate_up_bias", nn.Parameter(torch.zeros(experts, rows)) if up_bias else None)
         self.register_parameter("down_bias", nn.Parameter(torch.zeros(experts, width)) if down_bias else None)
-        self.copies = Copies(default_limit(sum(self.expert_bytes)))
+        self.copies = Copies()
         self.reset()
 
     def reset(self, std: float = 0.02) -> None:

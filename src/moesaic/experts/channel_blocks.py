@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moesaic.experts import backends, compute
 from moesaic.experts.compute import TokenGroups
-from moesaic.experts.copies import Copies, Stacked, default_limit
+from moesaic.experts.copies import Copies, Stacked
 from moesaic.experts.layout import Block, BlockLayout, layout_from_masks
 
 __all__ = ["Block", "BlockLayout", "ChannelBlocks", "FFNWeights", "TokenGroups", "layout_from_masks"]
@@ -70,7 +70,7 @@ class ChannelBlocks(nn.Module):
         self.register_parameter("up_bias", rows(up_bias, layout.width))
         self.register_parameter("down_bias", rows(down_bias, hidden))
         self._masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self.copies = Copies(default_limit(layout.width * self.channel_bytes))
+        self.copies = Copies()
 
     @torch.no_grad()
     def load_dense(self, weights: FFNWeights, order: Tensor) -> None:

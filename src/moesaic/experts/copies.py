@@ -6,7 +6,7 @@ carries them.
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,12 @@ Wanted = Iterable[tuple[Hashable, int]]
 
 
 class Copies:
-    """The copies of one module's parameters. `limit`: bytes they may take together, None = any number."""
+    """The copies of one module's parameters.
 
-    def __init__(self, limit: int | None = None) -> None:
+    limit:  bytes they may take together; None = any number; "own" = as many as the parameters, or LEAST_LIMIT if more.
+    """
+
+    def __init__(self, limit: int | Literal["own"] | None = "own") -> None:
         self.limit = limit
         self.bytes = 0
         self._held: dict[Hashable, Stacked] = {}
@@ -67,7 +70,14 @@ class Copies:
         """Whether those that are not there yet find room beside the others."""
         self._follow(owner)
         missing = sum(size for key, size in wanted if key not in self._held)
-        return not missing or self.limit is None or self.bytes + missing <= self.limit
+        if not missing:
+            return True
+        limit = self.limit_for(owner)
+        return limit is None or self.bytes + missing <= limit
+
+    def limit_for(self, owner: nn.Module) -> int | None:
+        """The limit in bytes; None = any number."""
+        return max(own_bytes(owner), LEAST_LIMIT) if self.limit == "own" else self.limit
 
     def get(self, owner: nn.Module, key: Hashable, size: int, build: Callable[[], Stacked]) -> Stacked:
         """The copy of `owner`'s parameters under `key`, built when it is missing. Who asks has asked `fits`."""
@@ -92,6 +102,6 @@ class Copies:
         return Copies, (self.limit,)
 
 
-def default_limit(owner_bytes: int) -> int:
-    """Bytes that copies may take where nobody says: as many as the weights themselves, or LEAST_LIMIT."""
-    return max(owner_bytes, LEAST_LIMIT)
+def own_bytes(owner: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in owner.parameters())

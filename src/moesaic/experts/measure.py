@@ -17,6 +17,7 @@ from moesaic.experts.backends import BACKENDS
 from moesaic.experts.bank import FFNBank
 from moesaic.experts.bank_backends import BANK_BACKENDS
 from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups
+from moesaic.experts.copies import own_bytes
 from moesaic.experts.tuning import MOST_TOKENS, Cell
 
 TOKENS = (1, 4, 8, 16, 32, 128, MOST_TOKENS)
@@ -42,7 +43,7 @@ def rotation(layers: Sequence[Layer]) -> list[Layer]:
     chosen, size = [], 0
     for layer in layers:
         chosen.append(layer)
-        size += sum(p.numel() * p.element_size() for p in layer.parameters())
+        size += own_bytes(layer)
         if size >= ROTATE_BYTES:
             break
     return chosen

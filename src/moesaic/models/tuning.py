@@ -13,6 +13,7 @@ from moesaic.errors import MoesaicError
 from moesaic.experts import tuning
 from moesaic.experts.bank import FFNBank
 from moesaic.experts.channel_blocks import ChannelBlocks
+from moesaic.experts.copies import own_bytes
 from moesaic.experts.measure import Layer, cells, measure, rotation, unlimited
 from moesaic.experts.packed import PackedLinear, pack_linears
 from moesaic.progress import Progress
@@ -135,14 +136,14 @@ def optimize(model: nn.Module, *, copies: int | None = None) -> dict[str, int]:
         parameter.requires_grad_(False)
     model.eval()
     packed = pack_linears(getattr(model, "backbone", model))
-    return {"packed": packed, "limit": sum(layer.copies.limit or 0 for layer in layers)}
+    return {"packed": packed, "limit": sum(layer.copies.limit_for(layer) or 0 for layer in layers)}
 
 
 def limit_copies(layers: Sequence[Layer], limit: int) -> None:
     """Share `limit` bytes of copies among layers by the size of their weights; copies made before are let go."""
     if limit < 0:
         raise MoesaicError(f"copies = {limit}: expected a number of bytes, 0 or more")
-    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    sizes = [own_bytes(layer) for layer in layers]
     for layer, size in zip(layers, sizes, strict=True):
         layer.copies.clear()
         layer.copies.limit = limit * size // sum(sizes)
