@@ -133,6 +133,7 @@ def test_off_means_constants(table, monkeypatch):
     groups = TokenGroups(torch.zeros(2, dtype=torch.long))
     assert choose(blocks, groups) is BACKENDS["prepacked"].path
     monkeypatch.setenv("MOESAIC_TUNE", "off")
+    tuning.reload()
     assert choose(blocks, groups) is BACKENDS["packed"].path
 
 

@@ -4,6 +4,7 @@ Shapes: N tokens, K slots, D model width, H expert width, E experts, P used toke
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,12 +107,11 @@ class FFNBank(nn.Module):
 
     def copy_of(self, expert: int) -> Stacked:
         """An expert in oneDNN's order; kept until a weight changes."""
+        return self.copies.get(self, expert, self.expert_bytes[expert], partial(self._copy, expert))
 
-        def build() -> Stacked:
-            bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
-            return Stacked(self.gate_up[expert], bias, self.down[expert], packed=True)
-
-        return self.copies.get(self, expert, self.expert_bytes[expert], build)
+    def _copy(self, expert: int) -> Stacked:
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[expert].detach()
+        return Stacked(self.gate_up[expert].detach(), bias, self.down[expert].detach(), packed=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FFNBank":
         self.copies.clear()  # new storage may lie where old storage lay, which no version tells

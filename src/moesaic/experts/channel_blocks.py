@@ -6,6 +6,7 @@ Shapes: N tokens, D model width, W stored channels, E experts.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class ChannelBlocks(nn.Module):
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of the largest expert."""
-        return max(map(self.layout.expert_width, range(self.layout.experts))) * self.channel_bytes
+        return self.layout.widest * self.channel_bytes
 
     def bytes(self, experts: Iterable[int] | None = None) -> int:
         """Bytes of the union of these experts' blocks (all when None); the down bias counts always."""
@@ -133,22 +134,21 @@ class ChannelBlocks(nn.Module):
             y_ND = y_ND + self.down_bias
         return F.dropout(y_ND, self.dropout, self.training) if self.dropout else y_ND
 
-    @torch.no_grad()
     def copy_of(self, expert: int | None, packed: bool = False) -> Stacked:
         """An expert, or all stored channels (None), in one piece; kept until a weight changes."""
+        return self.copies.get(self, (expert, packed), self.copy_bytes(expert), partial(self._copy, expert, packed))
 
-        def build() -> Stacked:
-            runs = [(0, self.layout.width)] if expert is None else self.layout.runs(expert)
+    @torch.no_grad()
+    def _copy(self, expert: int | None, packed: bool) -> Stacked:
+        runs = [(0, self.layout.width)] if expert is None else self.layout.runs(expert)
 
-            def gather(parameter: Tensor) -> Tensor:
-                return torch.cat([parameter[start:stop] for start, stop in runs])
+        def gather(parameter: Tensor) -> Tensor:
+            return torch.cat([parameter[start:stop] for start, stop in runs])
 
-            stacked = [gather(p) for p in (self.gate, self.up) if p is not None]
-            biases = [gather(p) for p in (self.gate_bias, self.up_bias) if p is not None]
-            bias = torch.cat(biases) if biases else None
-            return Stacked(torch.cat(stacked), bias, gather(self.down).T.contiguous(), packed)
-
-        return self.copies.get(self, (expert, packed), self.copy_bytes(expert), build)
+        stacked = [gather(p) for p in (self.gate, self.up) if p is not None]
+        biases = [gather(p) for p in (self.gate_bias, self.up_bias) if p is not None]
+        bias = torch.cat(biases) if biases else None
+        return Stacked(torch.cat(stacked), bias, gather(self.down).T.contiguous(), packed)
 
     def copy_bytes(self, expert: int | None) -> int:
         """What a copy of an expert, or of all stored channels (None), takes."""

@@ -39,17 +39,17 @@ class BlockLayout:
     source_width: int
     blocks: tuple[Block, ...]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Stored channels W."""
         return self.blocks[-1].stop if self.blocks else 0
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Channels that every expert owns (the permanent expert of Read-ME)."""
         return sum(block.width for block in self.blocks if len(block.owners) == self.experts)
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Every stored channel belongs to every expert, so no route changes anything."""
         return self.shared == self.width
@@ -77,7 +77,16 @@ class BlockLayout:
 
     def expert_width(self, expert: int) -> int:
         """Channels of one expert."""
-        return sum(block.width for block in self.blocks_of(expert))
+        return self._widths[expert]
+
+    @cached_property
+    def widest(self) -> int:
+        """Channels of the largest expert."""
+        return max(self._widths)
+
+    @cached_property
+    def _widths(self) -> tuple[int, ...]:
+        return tuple(sum(block.width for block in self.blocks_of(expert)) for expert in range(self.experts))
 
     def union_width(self, experts: Iterable[int]) -> int:
         """Channels owned by at least one of `experts`."""

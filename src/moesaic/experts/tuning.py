@@ -79,8 +79,8 @@ def ranking(shape: str, tokens: int, used: int) -> tuple[str, ...]:
     """Backends for a layer of this shape, best first; none where it was not measured on this machine."""
     global _loaded
     if _loaded is None:
-        _loaded = load()
-    if not _loaded or os.environ.get("MOESAIC_TUNE") == "off":
+        _loaded = {} if os.environ.get("MOESAIC_TUNE") == "off" else load()
+    if not _loaded:
         return ()
     found = _loaded.get(f"{shape} {torch.get_num_threads()} threads")
     return found.ranking(tokens, used) if found and found.times else ()
