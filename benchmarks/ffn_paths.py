@@ -2,8 +2,9 @@
 
     python benchmarks/ffn_paths.py --out benchmarks/results/ffn_paths.json
 
-Random weights, six experts of half the channels; all sides take turns, medians over rounds. The thresholds of
-`moesaic.experts.compute` come from the first table.
+Random weights, six experts of half the channels; all sides take turns, medians over rounds. Every backend of
+`moesaic.experts.backends` that this machine can run, beside the dense FFNs as they are and packed as the backends'
+copies are. The constants of `backends.py` come from the first table.
 """
 
 import argparse
@@ -19,15 +20,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from speed import random_pair
+from speed import SHAPES, random_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesaic.experts import compute
+from moesaic.experts.backends import BACKENDS, choose
 from moesaic.experts.compute import TokenGroups
+from moesaic.experts.copies import Stacked
 from moesaic.refactor.receipts import environment
 
 TOKENS = (1, 8, 32, 128, 512)
-PATHS = {"masked": compute.masked, "packed": compute.packed, "grouped": compute.grouped}
 
 
 def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -41,14 +42,31 @@ def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def ffns(dense: Any, moe: Any, tokens: int, rounds: int) -> dict[str, float]:
-    """All FFNs of the model on `tokens` tokens of mixed experts (one expert for one token): milliseconds by path."""
+def packed_dense(dense: Any) -> list[Stacked]:
+    """The dense FFNs in oneDNN's order, gate and up in one product."""
+    ffns = [layer.mlp for layer in dense.model.layers]
+    return [
+        Stacked(torch.cat([f.gate_proj.weight, f.up_proj.weight]), None, f.down_proj.weight, packed=True) for f in ffns
+    ]
+
+
+def ffns(dense: Any, packed: list[Stacked], moe: Any, cell: tuple[int, int], rounds: int) -> dict[str, float]:
+    """All FFNs of the model on tokens of some number of experts: milliseconds by backend."""
+    tokens, experts = cell
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, dense.config.hidden_size, generator=generator)
-    groups = TokenGroups(torch.randint(moe.config.experts, (tokens,), generator=generator))
-    sides = {"dense": lambda: [layer.mlp(x) for layer in dense.model.layers]}
-    for name, path in PATHS.items():
-        sides[name] = lambda path=path: [path(blocks, x, groups) for blocks in moe.ffns()]
+    x = torch.randn(tokens, dense.config.hidden_size, generator=generator).to(dense.dtype)
+    groups = TokenGroups(torch.randint(experts, (tokens,), generator=generator))
+    act = dense.model.layers[0].mlp.act_fn
+    sides: dict[str, Callable[[], Any]] = {
+        "dense": lambda: [layer.mlp(x) for layer in dense.model.layers],
+        "dense packed": lambda: [copy.project(copy.hidden(x, act, True)) for copy in packed],
+    }
+    for name, backend in BACKENDS.items():
+        if all(backend.suits(blocks) for blocks in moe.ffns()):
+            sides[name] = lambda path=backend.path: [path(blocks, x, groups) for blocks in moe.ffns()]
+    sides["chosen"] = lambda: [choose(blocks, groups)(blocks, x, groups) for blocks in moe.ffns()]
+    for side in sides.values():  # makes copies
+        side()
     return medians(sides, rounds)
 
 
@@ -92,23 +110,30 @@ def decode_step(dense: Any, moe: Any, rounds: int) -> tuple[dict[str, float], di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="+", default=["pocket", "wide"], choices=list(SHAPES))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": environment()}
     console = Console()
     with torch.no_grad():
-        for shape in ("pocket", "wide"):
-            dense, moe = random_pair(shape, seed=0)
-            rows = {tokens: ffns(dense, moe, tokens, args.rounds) for tokens in TOKENS}
+        for shape in args.shapes:
+            dense, moe = random_pair(shape, 0, getattr(torch, args.dtype))
+            for blocks in moe.ffns():
+                blocks.copies.limit = None
+            packed, experts = packed_dense(dense), moe.config.experts
+            cells = [(tokens, used) for tokens in TOKENS for used in (1, experts) if used <= tokens]
+            rows = {cell: ffns(dense, packed, moe, cell, args.rounds) for cell in cells}
             times, calls = decode_step(dense, moe, args.rounds)
-            table = Table("tokens", "dense ms", *PATHS, title=f"{shape}: speed over the dense FFNs")
-            for tokens, row in rows.items():
-                table.add_row(
-                    str(tokens), f"{row['dense']:.2f}", *(f"{row['dense'] / row[name]:.2f}" for name in PATHS)
-                )
+            names = [name for name in rows[1, 1] if name != "dense"]
+            table = Table("tokens", "experts", "dense ms", *names, title=f"{shape}: speed over the dense FFNs")
+            for (tokens, used), row in rows.items():
+                ratios = (f"{row['dense'] / row[name]:.2f}" for name in names)
+                table.add_row(str(tokens), str(used), f"{row['dense']:.2f}", *ratios)
             console.print(table)
             console.print("decode step:", {k: f"{times[k]:.2f} ms, {calls[k]} calls" for k in times})
-            record[shape] = {"ffn_ms": rows, "decode_ms": times, "decode_calls": calls}
+            rows_ms = [{"tokens": tokens, "experts": used, **row} for (tokens, used), row in rows.items()]
+            record[shape] = {"dtype": args.dtype, "ffn_ms": rows_ms, "decode_ms": times, "decode_calls": calls}
     if args.out:
         args.out.write_text(json.dumps(record, indent=1))
 

@@ -63,7 +63,8 @@ class GroupedMM:
     """torch's grouped product over contiguous copies of equally wide experts."""
 
     def __init__(self, blocks: ChannelBlocks) -> None:
-        copies = [blocks.copy_of(expert) for expert in range(blocks.layout.experts)]
+        blocks.copies.limit = None
+        copies = [blocks.copy_of(expert).tensors for expert in range(blocks.layout.experts)]
         self.blocks = blocks
         self.gate_up = torch.stack([gate_up for gate_up, _, _ in copies])
         self.down = torch.stack([down for _, _, down in copies])

@@ -1,4 +1,9 @@
-"""Speed of a refactored model against its dense source: `python benchmarks/speed.py --model wide --out out.json`."""
+"""Speed of a refactored model against its dense source: `python benchmarks/speed.py --model wide --out out.json`.
+
+--tune measures the model's backends first, as `moesaic tune` does; without it, an earlier table counts, or constants.
+--pack packs the linear layers of both sides outside the experts, the dense side's FFNs included: what is left is what
+experts are worth, not what packing is.
+"""
 
 import argparse
 import json
@@ -18,11 +23,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import moesaic  # noqa: F401  (registers the Auto classes)
+import moesaic
 from moesaic.data import DomainTokens, installed_domains, tokenize_domains
 from moesaic.errors import MoesaicError
 from moesaic.files import atomic_write_json
 from moesaic.models.attach import attach
+from moesaic.models.tuning import limit_copies
 from moesaic.refactor.extract import top_channels
 from moesaic.refactor.speed import measure_speed
 
@@ -31,6 +37,9 @@ SHAPES = {  # random weights: speed does not depend on their values, only the ro
     "wide": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16),
     "pocket": dict(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4
+    ),
+    "1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
     ),
 }
 VOCABULARY = 4096
@@ -56,12 +65,16 @@ def prompts(tokenizer: Any) -> Tensor:
     return rows.repeat(-(-PROMPTS // len(rows)), 1)[:PROMPTS]
 
 
-def random_pair(shape: str, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+def random_pair(shape: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A random Llama and its refactoring. Every domain's channel scores are half common, half its own."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SHAPES[shape])
-    dense = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(dtype)  # a large model never exists in float32 first
+    try:
+        dense = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
     layers, width = config.num_hidden_layers, config.intermediate_size
     noise = [torch.randn(EXPERTS + 1, width, generator=generator) for _ in range(layers)]
     moe = attach(dense, [top_channels(x[:1] + x[1:], KEEP) for x in noise], [f"domain{e}" for e in range(EXPERTS)])
@@ -118,20 +131,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds after which no new round begins")
+    parser.add_argument("--tune", action="store_true", help="measure the backends of this shape first")
+    parser.add_argument("--copies", type=float, help="GiB that copies of experts may take; default: as the FFNs")
+    parser.add_argument("--pack", action="store_true", help="pack linear layers outside the experts, of both sides")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     return parser.parse_args()
+
+
+def prepare(dense: PreTrainedModel, moe: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Tune and pack as asked; returns what was done."""
+    done: dict[str, Any] = {"packed": args.pack, "tuned": None}
+    if args.tune:
+        done["tuned"] = moesaic.tune(moe).to_dict()
+    if args.copies is not None:
+        limit_copies(moe.ffns(), int(args.copies * 2**30))
+    if args.pack:
+        for model in (dense, moe):
+            moesaic.optimize(model)
+    done["copies_limit"] = sum(blocks.copies.limit_for(blocks) for blocks in moe.ffns())
+    return done
 
 
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     if args.model in SHAPES:
-        (dense, moe), tokenizer = random_pair(args.model, args.seed), HashTokenizer()
+        (dense, moe), tokenizer = random_pair(args.model, args.seed, getattr(torch, args.dtype)), HashTokenizer()
     else:
         dense, moe = saved_pair(Path(args.model), args.dense)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype)
     dense, moe = (model.to(args.device, dtype) for model in (dense, moe))
+    compute = prepare(dense, moe, args)
     result = measure_speed(dense, moe, prompts(tokenizer), rounds=args.rounds, budget_s=args.budget)
     Console().print(table(result))
     if args.out:
@@ -144,6 +175,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            "compute": {**compute, "copies_bytes": sum(blocks.copies.bytes for blocks in moe.ffns())},
             "model": {"name": args.model, "config": dense.config.to_diff_dict()},
             **result,
         }

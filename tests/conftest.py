@@ -21,6 +21,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # workers share the cores, and one thread sums in one order
     MPLBACKEND="Agg",
+    MOESAIC_TUNE="off",  # what was measured on this machine must not choose what a test runs
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),  # for subprocesses
 )
 

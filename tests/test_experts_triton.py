@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from moesaic.errors import MissingExtraError, MoesaicError
-from moesaic.experts import compute, triton_blocks, triton_kernels
+from moesaic.experts import backends, compute, triton_blocks, triton_kernels
 from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups, layout_from_masks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +123,7 @@ def test_activations_are_known_by_what_they_compute():
 def test_plain_paths_stay_where_kernels_do_not_suit():
     blocks, groups = make(), TokenGroups(torch.tensor([0, 1, 2]))
     assert not triton_blocks.suits(blocks)
-    assert compute.choose(blocks, groups) is compute.masked
+    assert backends.choose(blocks, groups) is compute.masked
 
 
 @needs_triton

@@ -142,3 +142,13 @@ def test_positions_skip_padding():
 def test_width_must_fit_the_heads():
     with pytest.raises(MoesaicError, match="multiple"):
         PreGateConfig(vocab_size=8, experts=2, width=30)
+
+
+@torch.no_grad()
+def test_positions_beyond_the_rotary_table_make_it_grow(pregate):
+    ids, near, far = torch.randint(50, (1, 3)), torch.arange(3)[None], torch.arange(700, 703)[None]
+    expected = pregate(ids, pos_BS=far)
+    pregate._tables.clear()
+    pregate(ids, pos_BS=near)
+    assert len(pregate._tables[ids.device][0]) < 700
+    assert torch.equal(pregate(ids, pos_BS=far), expected)

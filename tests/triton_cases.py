@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from moesaic.errors import MoesaicError
-from moesaic.experts import compute, triton_blocks, triton_kernels
+from moesaic.experts import backends, compute, triton_blocks, triton_kernels
 from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups, layout_from_masks
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -159,7 +159,7 @@ def test_inference_on_a_gpu_takes_the_kernels():
     blocks = make(MASK)
     for tokens, kernel in ((64, triton_blocks.masked_decode), (65, triton_blocks.grouped_prefill)):
         x, groups = batch(tokens, 4)
-        assert compute.choose(blocks, groups) is kernel
+        assert backends.choose(blocks, groups) is kernel
         assert torch.equal(blocks(x, groups), kernel(blocks, x, groups))
 
 

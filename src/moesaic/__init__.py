@@ -26,6 +26,8 @@ _EXPORTS = {
     "attach_router": "moesaic.models.routed",
     "RoutedForCausalLM": "moesaic.models.routed",
     "SelfContrast": "moesaic.models.self_contrast",
+    "tune": "moesaic.models.tuning",
+    "optimize": "moesaic.models.tuning",
     "load_model": "moesaic.models.loading",
     "load_tokenizer": "moesaic.models.loading",
     "pocket_path": "moesaic.pocket",

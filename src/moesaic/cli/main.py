@@ -17,6 +17,7 @@ from moesaic.cli import (
     simulate_commands,
     trace_commands,
     train_commands,
+    tune_command,
 )
 from moesaic.errors import MoesaicError
 
@@ -45,6 +46,7 @@ simulate_commands.add_to(app)
 trace_commands.add_to(app)
 plan_commands.add_to(app)
 bench_command.add_to(app)
+tune_command.add_to(app)
 serve_commands.add_to(app)
 replay_commands.add_to(app)
 

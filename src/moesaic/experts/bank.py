@@ -4,6 +4,7 @@ Shapes: N tokens, K slots, D model width, H expert width, E experts, P used toke
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import MoesaicError
+from moesaic.experts import bank_backends
+from moesaic.experts.copies import Copies, Stacked
 from moesaic.routing.contract import RoutePlan
 
 Activation = Callable[[Tensor], Tensor]
@@ -21,17 +24,20 @@ def dispatch(x_ND: Tensor, plan: RoutePlan, run: Callable[[int, Tensor], Tensor]
 
     `run(expert, rows)` gets all tokens of one expert at once, in token order.
     """
+    return dispatch_sorted(x_ND, plan, lambda rows, counts: bank_backends.by_expert(rows, counts, run), experts)
+
+
+def dispatch_sorted(x_ND: Tensor, plan: RoutePlan, run: Callable[[Tensor, list[int]], Tensor], experts: int) -> Tensor:
+    """As dispatch, with all experts in one call: `run(rows, counts)` gets (P, D) sorted by expert, P > 0."""
     tokens, slots = plan.index.shape
     wanted = (plan.index >= 0) & (plan.index < experts)
     index = plan.index.masked_fill(~wanted, experts).flatten()  # unwanted slots sort to the end
     order = index.argsort(stable=True)
     counts = torch.bincount(index, minlength=experts + 1)[:experts].tolist()
     order = order[: sum(counts)]
-    rows = x_ND[order // slots].split(counts)
-    parts = [run(expert, part) for expert, part in enumerate(rows) if len(part)]
-    if not parts:
+    if not len(order):
         return torch.zeros_like(x_ND)
-    out_PD = torch.cat(parts)
+    out_PD = run(x_ND[order // slots], counts)
     weight_P = plan.weight.flatten()[order].to(out_PD.dtype)
     # Back in (token, slot) order each token's outputs lie together: one small product sums them, in a fixed order.
     out = out_PD.new_zeros(tokens * slots, out_PD.shape[-1]).index_copy(0, order, out_PD * weight_P[:, None])
@@ -71,6 +77,7 @@ class FFNBank(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.register_parameter("gate_up_bias", nn.Parameter(torch.zeros(experts, rows)) if up_bias else None)
         self.register_parameter("down_bias", nn.Parameter(torch.zeros(experts, width)) if down_bias else None)
+        self.copies = Copies()
         self.reset()
 
     def reset(self, std: float = 0.02) -> None:
@@ -93,7 +100,23 @@ class FFNBank(nn.Module):
         return F.linear(hidden, self.down[expert], None if down_bias is None else down_bias[expert])
 
     def forward(self, x_ND: Tensor, plan: RoutePlan) -> Tensor:
-        return dispatch(x_ND, plan, self.run, self.experts)
+        def run(rows_PD: Tensor, counts: list[int]) -> Tensor:
+            return bank_backends.choose(self, counts)(self, rows_PD, counts)
+
+        return dispatch_sorted(x_ND, plan, run, self.experts)
+
+    def copy_of(self, expert: int) -> Stacked:
+        """An expert in oneDNN's order; kept until a weight changes."""
+        return self.copies.get(self, expert, self.expert_bytes[expert], partial(self._copy, expert))
+
+    def _copy(self, expert: int) -> Stacked:
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[expert].detach()
+        return Stacked(self.gate_up[expert].detach(), bias, self.down[expert].detach(), packed=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FFNBank":
+        self.copies.clear()  # new storage may lie where old storage lay, which no version tells
+        super()._apply(fn, recurse)
+        return self
 
     @property
     def expert_bytes(self) -> list[int]:

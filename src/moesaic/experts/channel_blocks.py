@@ -6,13 +6,15 @@ Shapes: N tokens, D model width, W stored channels, E experts.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.experts import compute
+from moesaic.experts import backends, compute
 from moesaic.experts.compute import TokenGroups
+from moesaic.experts.copies import Copies, Stacked
 from moesaic.experts.layout import Block, BlockLayout, layout_from_masks
 
 __all__ = ["Block", "BlockLayout", "ChannelBlocks", "FFNWeights", "TokenGroups", "layout_from_masks"]
@@ -57,7 +59,7 @@ class ChannelBlocks(nn.Module):
         self.layout = layout
         self.activation = activation
         self.dropout = dropout
-        self.untied = sum(block.width for block in layout.blocks) > layout.source_width
+        self.untied: bool = sum(block.width for block in layout.blocks) > layout.source_width
 
         def rows(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if wanted else None
@@ -69,8 +71,7 @@ class ChannelBlocks(nn.Module):
         self.register_parameter("up_bias", rows(up_bias, layout.width))
         self.register_parameter("down_bias", rows(down_bias, hidden))
         self._masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._copies: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
-        self._copied_from: tuple[object, ...] = ()
+        self.copies = Copies()
 
     @torch.no_grad()
     def load_dense(self, weights: FFNWeights, order: Tensor) -> None:
@@ -93,7 +94,7 @@ class ChannelBlocks(nn.Module):
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of the largest expert."""
-        return max(map(self.layout.expert_width, range(self.layout.experts))) * self.channel_bytes
+        return self.layout.widest * self.channel_bytes
 
     def bytes(self, experts: Iterable[int] | None = None) -> int:
         """Bytes of the union of these experts' blocks (all when None); the down bias counts always."""
@@ -133,34 +134,41 @@ class ChannelBlocks(nn.Module):
             y_ND = y_ND + self.down_bias
         return F.dropout(y_ND, self.dropout, self.training) if self.dropout else y_ND
 
+    def copy_of(self, expert: int | None, packed: bool = False) -> Stacked:
+        """An expert, or all stored channels (None), in one piece; kept until a weight changes."""
+        return self.copies.get(self, (expert, packed), self.copy_bytes(expert), partial(self._copy, expert, packed))
+
     @torch.no_grad()
-    def copy_of(self, expert: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """gate and up stacked (2 W_e, D), their bias, and down (D, W_e), contiguous; cached until a weight changes."""
-        # Inference tensors carry no version; they cannot be trained in place under grad mode either.
-        version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in (self.up, self.down))
-        if version != self._copied_from:
-            self._copies, self._copied_from = {}, version
-        if expert not in self._copies:
-            runs = self.layout.runs(expert)
+    def _copy(self, expert: int | None, packed: bool) -> Stacked:
+        runs = [(0, self.layout.width)] if expert is None else self.layout.runs(expert)
 
-            def gather(parameter: Tensor) -> Tensor:
-                return torch.cat([parameter[start:stop] for start, stop in runs])
+        def gather(parameter: Tensor) -> Tensor:
+            return torch.cat([parameter[start:stop] for start, stop in runs])
 
-            stacked = [p for p in (self.gate, self.up) if p is not None]
-            biases = [p for p in (self.gate_bias, self.up_bias) if p is not None]
-            bias = torch.cat([gather(p) for p in biases]) if biases else None
-            self._copies[expert] = (torch.cat([gather(p) for p in stacked]), bias, gather(self.down).T.contiguous())
-        return self._copies[expert]
+        stacked = [gather(p) for p in (self.gate, self.up) if p is not None]
+        biases = [gather(p) for p in (self.gate_bias, self.up_bias) if p is not None]
+        bias = torch.cat(biases) if biases else None
+        return Stacked(torch.cat(stacked), bias, gather(self.down).T.contiguous(), packed)
+
+    def copy_bytes(self, expert: int | None) -> int:
+        """What a copy of an expert, or of all stored channels (None), takes."""
+        return self.channel_bytes * (self.layout.width if expert is None else self.layout.expert_width(expert))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChannelBlocks":
+        # Another dtype or device: new storage may lie where old storage lay, which no version tells.
+        self.copies.clear()
+        super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, object]:
-        # Copies and masks are derived: neither deepcopy nor a checkpoint should carry them.
-        return {**super().__getstate__(), "_copies": {}, "_copied_from": (), "_masks": {}}
+        # Masks are derived: neither deepcopy nor a checkpoint should carry them. Copies see to themselves.
+        return {**super().__getstate__(), "_masks": {}}
 
     def forward(self, x: Tensor, groups: TokenGroups | Tensor | None = None) -> Tensor:
         """(..., D) -> (..., D). `groups`: the expert of each of the N tokens; None = every stored channel is on."""
         x_ND = x.reshape(-1, x.shape[-1])
-        if groups is None or self.layout.is_whole:
+        if groups is None:
             return compute.whole(self, x_ND).view(x.shape)
         if isinstance(groups, Tensor):
             groups = TokenGroups(groups)
-        return compute.choose(self, groups)(self, x_ND, groups).view(x.shape)
+        return backends.choose(self, groups)(self, x_ND, groups).view(x.shape)

@@ -1,11 +1,14 @@
 """How channel blocks are computed. Every path gives each token the same result up to floating-point rounding.
 
-masked    one pass over all stored channels, activations multiplied by the token's mask. Reads each weight once
-          whatever mixture of experts the batch holds: never more work than the dense FFN.
-grouped   tokens sorted by expert; each expert computes its own runs only. Less arithmetic, more kernel calls.
-packed    as grouped, on a contiguous copy of the expert. For small experts, where kernel calls cost more than bytes.
+masked            one pass over all stored channels, activations multiplied by the token's mask. Reads each weight once
+                  whatever mixture of experts the batch holds: never more work than the dense FFN.
+grouped           tokens sorted by expert; each expert computes its own runs only. Less arithmetic, more kernel calls.
+packed            as grouped, on a contiguous copy of the expert: one product where runs need several.
+masked_prepacked  as masked, on a copy of all stored channels in oneDNN's own order, gate and up in one product.
+prepacked         as packed, on copies in oneDNN's order.
 
-On a GPU with triton, inference takes the kernels of `triton_blocks.py` instead.
+`backends.py` chooses between them. Blocks that every expert owns are no case of their own: they are channels of each
+expert, so that an expert stays one product.
 
 Shapes: N tokens, W stored channels, D model width, E experts.
 """
@@ -15,20 +18,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from moesaic.experts import triton_blocks
 
 if TYPE_CHECKING:
     from moesaic.experts.channel_blocks import ChannelBlocks
-
-# Measured on two CPU cores, six experts of half the channels: below this many tokens an expert, one masked pass over
-# the union is faster than sorting. Small experts need more tokens before their products outweigh the kernel calls.
-GROUP_TOKENS, SMALL_GROUP_TOKENS = 48, 128
-# An expert up to this size is computed from a contiguous copy: one fused product instead of several small ones, about a
-# tenth faster. Larger ones are not worth the memory.
-COPY_LIMIT = 8 * 2**20  # bytes
 
 
 class TokenGroups:
@@ -71,20 +64,6 @@ class TokenGroups:
 Path = Callable[["ChannelBlocks", Tensor, TokenGroups], Tensor]
 
 
-def choose(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
-    """The path for these tokens: correctness never depends on it, only time does."""
-    if torch.is_grad_enabled():
-        return grouped_autograd if blocks.untied else masked
-    if triton_blocks.suits(blocks):
-        few = len(groups.expert_N) <= triton_blocks.DECODE_TOKENS
-        return triton_blocks.masked_decode if few else triton_blocks.grouped_prefill
-    used, small = groups.used, blocks.expert_bytes <= COPY_LIMIT
-    worth_sorting = len(groups.expert_N) >= (SMALL_GROUP_TOKENS if small else GROUP_TOKENS) * len(used)
-    if len(used) > 1 and not worth_sorting and not blocks.untied:
-        return masked
-    return packed if small else grouped
-
-
 def whole(blocks: "ChannelBlocks", x_ND: Tensor) -> Tensor:
     """All stored channels, no mask."""
     return blocks.project(blocks.activate(x_ND, blocks.gate, blocks.up, blocks.gate_bias, blocks.up_bias))
@@ -92,8 +71,19 @@ def whole(blocks: "ChannelBlocks", x_ND: Tensor) -> Tensor:
 
 def masked(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tensor:
     """One pass over all stored channels under each token's mask."""
+    if blocks.layout.is_whole:
+        return whole(blocks, x_ND)
     hidden = blocks.activate(x_ND, blocks.gate, blocks.up, blocks.gate_bias, blocks.up_bias)
     return blocks.project(hidden * blocks.mask(hidden.dtype, hidden.device)[groups.expert_N])
+
+
+def masked_prepacked(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tensor:
+    """As masked, from a packed copy of all stored channels."""
+    copy = blocks.copy_of(None, packed=True)
+    hidden = copy.hidden(x_ND, blocks.activation, blocks.gate is not None)
+    if not blocks.layout.is_whole:
+        hidden = hidden * blocks.mask(hidden.dtype, hidden.device)[groups.expert_N]
+    return blocks.finish(copy.project(hidden))
 
 
 def _by_expert(x_ND: Tensor, groups: TokenGroups, run: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -119,14 +109,18 @@ def grouped(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tenso
 
 def packed(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tensor:
     """Each expert from its contiguous copy, gate and up in one product."""
+    return _from_copies(blocks, x_ND, groups, packed=False)
 
+
+def prepacked(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tensor:
+    """Each expert from its copy in oneDNN's order, gate and up in one product."""
+    return _from_copies(blocks, x_ND, groups, packed=True)
+
+
+def _from_copies(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups, packed: bool) -> Tensor:
     def run(expert: int, x: Tensor) -> Tensor:
-        gate_up, bias, down = blocks.copy_of(expert)
-        hidden = F.linear(x, gate_up, bias)
-        if blocks.gate is None:
-            return F.linear(blocks.activation(hidden), down)
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.linear(blocks.activation(gate) * up, down)
+        copy = blocks.copy_of(expert, packed)
+        return copy.project(copy.hidden(x, blocks.activation, blocks.gate is not None))
 
     return blocks.finish(_by_expert(x_ND, groups, run))
 

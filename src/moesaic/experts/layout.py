@@ -4,9 +4,11 @@ A channel's signature is the set of experts that own it. Channels of equal signa
 expert owns is dropped. Blocks are ordered so that each expert's channels fall into few contiguous runs.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,17 +39,17 @@ class BlockLayout:
     source_width: int
     blocks: tuple[Block, ...]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Stored channels W."""
         return self.blocks[-1].stop if self.blocks else 0
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Channels that every expert owns (the permanent expert of Read-ME)."""
         return sum(block.width for block in self.blocks if len(block.owners) == self.experts)
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Every stored channel belongs to every expert, so no route changes anything."""
         return self.shared == self.width
@@ -75,12 +77,28 @@ class BlockLayout:
 
     def expert_width(self, expert: int) -> int:
         """Channels of one expert."""
-        return sum(block.width for block in self.blocks_of(expert))
+        return self._widths[expert]
+
+    @cached_property
+    def widest(self) -> int:
+        """Channels of the largest expert."""
+        return max(self._widths)
+
+    @cached_property
+    def _widths(self) -> tuple[int, ...]:
+        return tuple(sum(block.width for block in self.blocks_of(expert)) for expert in range(self.experts))
 
     def union_width(self, experts: Iterable[int]) -> int:
         """Channels owned by at least one of `experts`."""
         wanted = set(experts)
         return sum(block.width for block in self.blocks if wanted.intersection(block.owners))
+
+    @cached_property
+    def shape(self) -> str:
+        """Sizes, roughly: stored and mean expert width to about a fifth, runs of an expert to a factor of two."""
+        widths, runs = ([f(e) for e in range(self.experts)] for f in (self.expert_width, lambda e: len(self.runs(e))))
+        stored, mean = (2 ** (round(4 * math.log2(max(1, width))) / 4) for width in (self.width, fmean(widths)))
+        return f"W{stored:.0f} w{mean:.0f} E{self.experts} r{2 ** round(math.log2(max(1, fmean(runs))))}"
 
     def mask(self) -> Tensor:
         """(E, W) bool: which expert owns which stored channel."""

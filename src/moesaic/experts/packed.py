@@ -6,12 +6,14 @@ request's tokens must not change with its batch mates. The operators are private
 alone; where they are missing or the device is none they know, a plain product stands in.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.errors import MoesaicError
 from moesaic.experts.buckets import PLAIN_LEAST, bucket
 
 
@@ -40,7 +42,7 @@ class PackedWeight:
 
     @torch.no_grad()
     def __init__(self, weight: Tensor, pack: bool = True) -> None:
-        self.bytes = weight.numel() * weight.element_size()
+        self.bytes, self.dtype = weight.numel() * weight.element_size(), weight.dtype
         self.packed = pack and weight.device.type == "cpu" and available(weight.dtype)
         self._weight = _pack(weight.contiguous()) if self.packed else weight.clone()
 
@@ -74,6 +76,17 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.product = PackedWeight(linear.weight.detach())
         self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        before = torch.empty(0, dtype=self.product.dtype)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise MoesaicError(
+                f"packed weights cannot be converted from {before.dtype} on {before.device} to {after.dtype} on "
+                f"{after.device}: load the model again, convert it, then optimize"
+            )
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from moesaic.errors import MoesaicError
 from moesaic.models.checkpoint import save_checkpoint, verify_checkpoint
 from moesaic.models.routes import Current
+from moesaic.models.tuning import refuse_packed
 from moesaic.routing.pregate import positions
 
 
@@ -102,4 +103,5 @@ class WrappedCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As transformers', but all or nothing, and with a manifest of checksums."""
+        refuse_packed(self)
         save_checkpoint(super().save_pretrained, save_directory, **kwargs)

@@ -8,6 +8,7 @@ pass over the full text; attention logits are scaled by 1/sqrt(head width).
 Shapes: B batch, S new tokens, T cached + new tokens, E experts, R router width, H heads.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -75,15 +76,18 @@ class PreGateLayer(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width)
         self.down = nn.Linear(config.mlp_width, config.width)
 
-    def forward(self, h_BSR: Tensor, rotary: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
-        """`attend(query, key, value)`, each (B, H, S, R/H), remembers keys and values and answers like query."""
-        batch, length, width = h_BSR.shape
-        qkv = self.qkv(self.attention_norm(h_BSR)).view(batch, length, 3, self.heads, self.head_width)
-        qk, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
-        query, key = _rotate(qk, *rotary).transpose(1, 3).unbind(2)
-        attended = attend(query, key, value)
-        h_BSR = h_BSR + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return h_BSR + self.down(F.silu(self.up(self.mlp_norm(h_BSR))))
+    def forward(
+        self, h_NR: Tensor, length: int, rotary: tuple[Tensor, Tensor], attend: Callable[..., Tensor]
+    ) -> Tensor:
+        """`attend(query, key, value)`, each (B, H, S, R/H), remembers keys and values and answers like query.
+
+        Tokens are flat, N = B * S: products of matrices take fewer operators than those of batches.
+        """
+        qkv = self.qkv(self.attention_norm(h_NR)).view(-1, length, 3, self.heads, self.head_width)
+        query, key = _rotate(qkv[:, :, :2], *rotary).transpose(1, 3).unbind(2)
+        attended = attend(query, key, qkv[:, :, 2].transpose(1, 2))
+        h_NR = h_NR + self.out(attended.transpose(1, 2).reshape(h_NR.shape))
+        return h_NR + self.down(F.silu(self.up(self.mlp_norm(h_NR))))
 
 
 class PreGate(nn.Module):
@@ -102,15 +106,22 @@ class PreGate(nn.Module):
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # rotary tables, rebuilt when needed
 
     def _rotary(self, pos_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for each position, (B, S, 1, 1, R/H/2) float32, from a table that grows by doubling."""
-        needed = int(pos_BS.max()) + 1
+        """For each position cos, and sin with the sign it has in each half, (B, S, 1, 1, 1 or 2, R/H/2) float32.
+
+        From a table that grows by doubling.
+        """
         table = self._tables.get(pos_BS.device)
+        if table is not None and pos_BS.device.type == "cpu":
+            with contextlib.suppress(IndexError):  # a look that fails costs less than looking for the largest
+                return table[0][pos_BS], table[1][pos_BS]
+        needed = int(pos_BS.max()) + 1
         if table is None or len(table[0]) < needed:
             half = self.config.width // self.config.heads // 2
             frequency = self.config.rope_theta ** (-torch.arange(half, device=pos_BS.device) / half)
             rows = torch.arange(max(512, 2 * needed), device=pos_BS.device)
-            angle = (rows[:, None] * frequency)[:, None, None, :]
-            table = self._tables[pos_BS.device] = (angle.cos(), angle.sin())
+            angle = (rows[:, None] * frequency)[:, None, None, None, :]
+            sine = torch.cat((-angle.sin(), angle.sin()), dim=-2)
+            table = self._tables[pos_BS.device] = (angle.cos(), sine)
         return table[0][pos_BS], table[1][pos_BS]
 
     def forward(
@@ -146,11 +157,11 @@ class PreGate(nn.Module):
     def run(self, ids_BS: Tensor, pos_BS: Tensor, attend: Attend) -> Tensor:
         """As forward, with an attention of the caller's, who knows which tokens are one sequence."""
         with torch.autocast(ids_BS.device.type, enabled=False):  # fp32 router under autocast
-            h_BSR = self.embedding(ids_BS).to(self.head.weight.dtype)
+            h_NR = self.embedding(ids_BS.reshape(-1)).to(self.head.weight.dtype)
             rotary = self._rotary(pos_BS)
             for number, layer in enumerate(self.layers):
-                h_BSR = layer(h_BSR, rotary, partial(attend, number))
-            return self.head(self.norm(h_BSR)).float()
+                h_NR = layer(h_NR, ids_BS.shape[1], rotary, partial(attend, number))
+            return self.head(self.norm(h_NR)).float().view(*ids_BS.shape, -1)
 
     def plan(self, *args: Any, **kwargs: Any) -> RoutePlan:
         """The plan of every layer, N = B * S tokens; arguments as in `forward`."""
@@ -166,9 +177,12 @@ def positions(ids_BS: Tensor, mask_BT: Tensor | None, past: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the last axis of (B, S, ., H, R/H) by each token's angle."""
-    one, two = x.float().chunk(2, dim=-1)
-    return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1).to(x.dtype)
+    """Rotate the two halves of the last axis of (B, S, ., H, R/H) by each token's angle.
+
+    (one, two) cos + (two, one) (-sin, sin).
+    """
+    halves = x.float().unflatten(-1, (2, -1))
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x.dtype)
 
 
 def _static_length(cache: KeyValueCache | None, slot: int) -> int:

@@ -1,0 +1,127 @@
+"""Which way of computing is taken: all there are by name, what each needs, and the choice for a layer and its tokens.
+
+Correctness never depends on the choice, only time and memory do. Where this machine was measured for a layer of this
+shape (`moesaic tune`), the fastest backend whose copies fit into the layer's limit is taken; elsewhere constants are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moesaic.experts import compute, packed, triton_blocks, tuning
+from moesaic.experts.compute import Path, TokenGroups
+
+if TYPE_CHECKING:
+    from moesaic.experts.channel_blocks import ChannelBlocks
+
+# Measured on two CPU cores, six experts of half the channels: below this many tokens an expert, one masked pass over
+# the union is faster than sorting. Small experts need more tokens before their products outweigh the kernel calls.
+GROUP_TOKENS, SMALL_GROUP_TOKENS = 48, 128
+# An expert up to this size is computed from a contiguous copy: one fused product instead of several small ones, about a
+# tenth faster. Larger ones are not worth the memory, unless measured.
+COPY_LIMIT = 8 * 2**20  # bytes
+
+CopyOf = tuple[int | None, bool]
+"""Expert, None = all stored channels; whether packed."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of computing channel blocks in inference.
+
+    needs:   what it runs on, for people.
+    suits:   whether it can compute these blocks, as they are and where they lie.
+    copies:  which copies it computes from, given the experts that have tokens.
+    """
+
+    name: str
+    path: Path
+    needs: str
+    suits: Callable[["ChannelBlocks"], bool]
+    copies: Callable[[Sequence[int]], Sequence[CopyOf]] = lambda used: ()
+
+    def extra_bytes(self, blocks: "ChannelBlocks", used: Sequence[int]) -> int:
+        """Bytes of the copies it takes beside the stored weights for tokens of the experts `used`."""
+        return sum(blocks.copy_bytes(expert) for expert, _ in self.copies(used))
+
+    def affordable(self, blocks: "ChannelBlocks", used: Sequence[int]) -> bool:
+        """Whether its copies are there or fit into the limit."""
+        wanted = self.copies(used)
+        return not wanted or blocks.copies.fits(blocks, [(key, blocks.copy_bytes(key[0])) for key in wanted])
+
+
+def _onednn(blocks: "ChannelBlocks") -> bool:
+    # oneDNN's operators do not know autocast.
+    plain = blocks.up.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return plain and packed.available(blocks.up.dtype)
+
+
+def _parts(blocks: "ChannelBlocks") -> bool:
+    return not blocks.layout.is_whole  # then copies of all experts would be copies of one thing
+
+
+def _all(packed: bool) -> Callable[[Sequence[int]], Sequence[CopyOf]]:
+    return lambda used: [(expert, packed) for expert in used]
+
+
+# The simplest first: a later one must be clearly faster to be preferred.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("masked", compute.masked, "tied blocks", lambda blocks: not blocks.untied),
+        Backend("grouped", compute.grouped, "nothing", lambda blocks: True),
+        Backend("packed", compute.packed, "a copy of each expert", _parts, _all(False)),
+        Backend(
+            "masked_prepacked",
+            compute.masked_prepacked,
+            "tied blocks, oneDNN, a copy of all channels",
+            lambda blocks: not blocks.untied and _onednn(blocks),
+            lambda used: [(None, True)],
+        ),
+        Backend(
+            "prepacked",
+            compute.prepacked,
+            "oneDNN, a copy of each expert",
+            lambda blocks: _parts(blocks) and _onednn(blocks),
+            _all(True),
+        ),
+        Backend("triton_decode", triton_blocks.masked_decode, "a GPU, triton, few tokens", triton_blocks.suits),
+        Backend("triton_prefill", triton_blocks.grouped_prefill, "a GPU, triton", triton_blocks.suits),
+    )
+}
+
+
+def choose(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
+    """The path for these tokens."""
+    if torch.is_grad_enabled():
+        return compute.grouped_autograd if blocks.untied else compute.masked
+    if triton_blocks.suits(blocks):
+        few = len(groups.expert_N) <= triton_blocks.DECODE_TOKENS
+        return triton_blocks.masked_decode if few else triton_blocks.grouped_prefill
+    if blocks.up.device.type == "cpu" and (path := _measured(blocks, groups)) is not None:
+        return path
+    return by_constants(blocks, groups)
+
+
+def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
+    """The path where nothing was measured."""
+    if blocks.layout.is_whole:
+        return compute.masked
+    used, small = groups.used, blocks.expert_bytes <= COPY_LIMIT
+    worth_sorting = len(groups.expert_N) >= (SMALL_GROUP_TOKENS if small else GROUP_TOKENS) * len(used)
+    if len(used) > 1 and not worth_sorting and not blocks.untied:
+        return compute.masked
+    return compute.packed if small and BACKENDS["packed"].affordable(blocks, used) else compute.grouped
+
+
+def _measured(blocks: "ChannelBlocks", groups: TokenGroups) -> Path | None:
+    """The fastest measured path that can be had; None where this shape was not measured."""
+    shape = tuning.blocks_shape(blocks)
+    used = [0] if blocks.layout.is_whole else groups.used
+    for name in tuning.ranking(shape, len(groups.expert_N), len(used)):
+        backend = BACKENDS.get(name)
+        if backend is not None and backend.suits(blocks) and backend.affordable(blocks, used):
+            return backend.path
+    return None
