@@ -1,7 +1,7 @@
 """A dense model against its refactoring, whole: transformers, the engine, a stock mixture and llama.cpp take turns.
 
-    python benchmarks/whole_model.py --model wide --out benchmarks/results/whole_model-wide.json
-    python benchmarks/whole_model.py --model 1b --cells decode --llama LLAMA --out benchmarks/results/whole_model-1b-decode.json
+    python benchmarks/whole_model.py --model wide --llama path/to/llama.cpp --out benchmarks/results/whole_model-wide.json
+    python benchmarks/whole_model.py --model 1b --cells decode --batches 1 8 --llama path/to/llama.cpp
 
 Sides:  dense   the random Llama, transformers' forward (sdpa, one forward a token, greedy)
         moe     its refactoring, the same way
@@ -9,11 +9,11 @@ Sides:  dense   the random Llama, transformers' forward (sdpa, one forward a tok
         llama   llama-batched-bench on the same dense weights; llama-q8_0, ... with --llama-types
         stock   transformers' Qwen3MoE of as many experts of the same width (random weights of its own)
 
-Prompts mix all experts, of the requests of a decode batch number i uses expert i mod E alone. Models and files are made
-on the first run and kept in `--work`. Each side runs in a process of its own; a cell is done by all before the next, and
-who begins moves on from round to round. Times are means over a cell's forwards, medians over rounds; ratios are of
-rounds. "of floor" is the least time for what a side must read (or compute) at the machine's measured rates, over its
-time; of weights in fewer bits only reading counts.
+Prompts mix all experts; of the requests of a decode batch, number i uses expert i mod E alone. Models and files are
+made on the first run and kept in `--work`. Each side runs in a process of its own; a cell is done by all before the
+next, and who begins moves on from round to round. Times are means over a cell's forwards, medians over rounds; ratios
+are of rounds. "of floor" is the least time for what a side must read (or compute) at the machine's measured rates, over
+its time; of weights in fewer bits only reading counts.
 """
 
 import argparse
@@ -50,6 +50,7 @@ from moesaic.refactor.speed import Cell, Work, least_work
 
 SIDES = ("dense", "moe", "engine", "llama", "stock")
 WEIGHTS = {"stored": 16.0, "int8": 8.0, "int4": 4.0}  # bits, scales left out
+PEERS = {"int8": "llama-q8_0", "int4": "llama-q4_0", "q8_0": "llama-q8_0", "q4_0": "llama-q4_0"}  # of as many bits
 LLAMA_BITS = dict(zip(LLAMA_TYPES, (16.0, 8.5, 4.5), strict=True))
 WARM_STEPS = 12  # decode steps before anything counts: the engine copies experts once they are used often
 SLACK = 512  # tokens of context that requests may run ahead of the last to begin
@@ -236,7 +237,7 @@ def ratio(row: dict[str, Any], side: str, other: str) -> dict[str, float] | None
     return spread([theirs / own for own, theirs in zip(seconds[side], seconds[other], strict=True)])
 
 
-TARGETS = (  # number, whom, beside whom, kind and batch of the cells (None: all), at least; where 1b: of that shape alone
+TARGETS = (  # number, whom, beside whom, kind and batch of the cells (None: all), at least
     (1, "moe", "dense", None, None, 1.0),
     (1, "engine", "dense", None, None, 1.0),
     (2, "moe", "dense", "decode", 1, 1.45),
@@ -261,24 +262,24 @@ def targets(rows: Sequence[dict[str, Any]], model: str) -> Iterator[dict[str, An
 
 def tables(record: dict[str, Any]) -> Iterator[Table]:
     machine, rows = record["machine"], record["cells"]
-    names = list(rows[0]["sides"])
-    title = f"{record['model']} {record['dtype']}: tokens/s ({machine['name']}, {machine['threads']} thread(s), "
-    speeds = Table("", *names, title=title + f"{record['rounds']} rounds)")
-    bases = [name for name in names if name.startswith(("dense", "llama"))]
-    ours = [name for name in names if name.startswith(("moe", "engine", "stock"))]
-    pairs = [(own, base) for own in ours for base in bases]
-    ratios = Table("", *(f"{own} / {base}" for own, base in pairs), title="times as fast, median (min to max) of rounds")
-    title = f"of floor at {machine['read_gb_s']:.1f} GB/s, {record['gemm_gflop_s']:.0f} GFLOP/s"
-    shares = Table("", *names, title=title)
+    title = f"{record['model']} {record['dtype']}, {machine['name']}, {machine['threads']} thread(s), "
+    title += f"{record['rounds']} rounds; floor: {machine['read_gb_s']:.1f} GB/s, {record['gemm_gflop_s']:.0f} GFLOP/s"
+    headings = ("", "side", "tokens/s", "over dense (min to max)", "over llama.cpp", "of floor", "experts")
+    speeds = Table(*headings, title=title)
     for row in rows:
-        sides = row["sides"].values()
-        speeds.add_row(row["name"], *(f"{side['tokens_per_s']['median']:,.1f}" for side in sides))
-        found = [ratio(row, own, base) for own, base in pairs]
-        ratios.add_row(
-            row["name"], *(f"{x['median']:.2f} ({x['min']:.2f} to {x['max']:.2f})" if x else "" for x in found)
-        )
-        shares.add_row(row["name"], *(f"{side['of_floor']:.0%} {side['limit']}" for side in sides))
-    yield from (speeds, ratios, shares)
+        for number, (name, side) in enumerate(row["sides"].items()):
+            peer = PEERS.get(name.partition("-")[2], "llama")
+            over = [ratio(row, name, other) if name != other else None for other in ("dense", peer)]
+            speeds.add_row(
+                "" if number else row["name"],
+                name,
+                f"{side['tokens_per_s']['median']:,.1f}",
+                *(f"{x['median']:.2f} ({x['min']:.2f} to {x['max']:.2f})" if x else "" for x in over),
+                f"{side['of_floor']:.0%} {side['limit']}",
+                f"{side['experts']:.1f}" if side["experts"] is not None else "",
+            )
+        speeds.add_section()
+    yield speeds
     if record["targets"]:
         wanted = Table("target", "what", "at least", "is", "", title="targets")
         for each in record["targets"]:
