@@ -1,7 +1,7 @@
 """A dense model against its refactoring, whole: transformers, the engine, a stock mixture and llama.cpp take turns.
 
-    python benchmarks/whole_model.py --model wide --llama path/to/llama.cpp --out benchmarks/results/whole_model-wide.json
-    python benchmarks/whole_model.py --model 1b --cells decode --batches 1 8 --llama path/to/llama.cpp
+    python benchmarks/whole_model.py --model wide --llama LLAMA --out benchmarks/results/whole_model-wide.json
+    python benchmarks/whole_model.py --model 1b --cells decode --batches 1 8 --llama LLAMA
 
 Sides:  dense   the random Llama, transformers' forward (sdpa, one forward a token, greedy)
         moe     its refactoring, the same way

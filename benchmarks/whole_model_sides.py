@@ -204,5 +204,3 @@ def llama_seconds(output: str, cell: Cell) -> float | None:
     if not rows or rows[0]["pl"] != cell.batch or rows[0]["pp"] != wanted:
         return None
     return rows[0]["t_pp"] if cell.kind == "prefill" else rows[0]["t_tg"] / rows[0]["tg"]
-
-
