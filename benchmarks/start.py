@@ -48,8 +48,10 @@ def answer(begin: float, folder: str, threads: int, prompt: int, pin: int | None
         _time(inside, name, importlib.import_module(module), function)
     engine = Engine(folder, EngineOptions(threads=threads, context=2048, max_requests=8))
     marks["load"] = time.monotonic()
-    engine.start()
     import threading
+
+    engine.start()
+    marks["experts"] = time.monotonic()
 
     first, ended = [], threading.Event()
 
