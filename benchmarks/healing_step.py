@@ -141,6 +141,9 @@ class Training:
         parts["rest"] = seconds - sum(parts.values())
         return Step(seconds, parts, peak() - self.before)
 
+    def close(self) -> None:
+        self.folder.cleanup()
+
     def _step(self) -> None:
         row = self.trainer.update(self.position)
         self.position = replace(self.position, step=row["step"] % self.trainer.stage.steps, tokens=row["tokens"])
@@ -304,7 +307,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("benchmark-work/whole-model"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps, one process: does it run?")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(words)
     if args.quick:
@@ -318,10 +321,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(f"the machine is busy (load {load:.1f}): ratios mean little")
     config = HealConfig(batch_size=args.batch, length=args.length, dtype=args.precision, tokens=10**9)
     moe_folder(args.work, args.model, "float32")
-    sides = {
-        name: Apart(partial(Training, name, args.work, args.model, config, args.steps), args.threads)
-        for name in args.sides
-    }
+    apart = (lambda make: make()) if args.quick else partial(Apart, threads=args.threads)
+    sides = {name: apart(partial(Training, name, args.work, args.model, config, args.steps)) for name in args.sides}
     results: dict[str, list[Step]] = {name: [] for name in sides}
     try:
         with Progress("healing step", total=args.rounds, unit="rounds") as progress:

@@ -152,8 +152,9 @@ def rounds(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, A
     }
     jobs["start"]["pin"] = None if args.mixed else 0
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    with Progress("start", total=args.rounds + 1, unit="rounds") as progress:
-        for number in range(args.rounds + 1):
+    numbers = range(int(args.quick), args.rounds + 1)
+    with Progress("start", total=len(numbers), unit="rounds") as progress:
+        for number in numbers:
             for name in sorted(jobs, reverse=bool(number % 2)):
                 out = ask(name, jobs[name])
                 if number:

@@ -39,7 +39,7 @@ from speed import EXPERTS, KEEP, commit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeForCausalLM
 from whole_model_files import LLAMA_TYPES, MODELS, dense_folder, llama_config, llama_file, moe_folder
-from whole_model_sides import LlamaBench, Side, Timing, load_forward, served, stock_forward
+from whole_model_sides import LlamaBench, Served, Side, Timing, load_forward, served, stock_forward
 
 from moesaic.errors import MoesaicError
 from moesaic.files import atomic_write_json
@@ -94,7 +94,7 @@ def assemble(args: argparse.Namespace) -> tuple[dict[str, Side], list[str]]:
     sides: dict[str, Side] = {}
     missing: list[str] = []
     where = (args.work, args.model, args.dtype)
-    apart = partial(Apart, threads=args.threads)
+    apart = (lambda make: make()) if args.quick else partial(Apart, threads=args.threads)
     if "dense" in args.sides:
         sides["dense"] = apart(partial(load_forward, dense_folder(*where), args.dtype))
     if "moe" in args.sides:
@@ -306,7 +306,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", help="the engine's budget, such as 10GiB")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("benchmark-work/whole-model"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps, one process: does it run?")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(words)
     if args.quick:
@@ -330,7 +330,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         after = measure_machine(dtype)
     finally:
         for side in sides.values():
-            if isinstance(side, Apart):
+            if isinstance(side, Apart | Served):
                 side.close()
     machine = max(before, after, key=lambda each: each.read_gb_s)
     gemm = max(before.gemm_gflop_s[args.dtype], after.gemm_gflop_s[args.dtype])

@@ -117,6 +117,9 @@ class Served:
     def __call__(self, cell: Cell, ids: Tensor) -> Timing:
         return self.prefill(cell, ids) if cell.kind == "prefill" else self.decode(cell, ids)
 
+    def close(self) -> None:
+        self.engine.close()
+
     def prefill(self, cell: Cell, ids: Tensor) -> Timing:
         seconds = []
         for _ in range(cell.forwards):
