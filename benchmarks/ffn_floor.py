@@ -2,21 +2,22 @@
 
     python benchmarks/ffn_floor.py --dtypes bfloat16 --out benchmarks/results/ffn_floor-bfloat16.json
 
-Random weights, experts of half the channels. Sides are every path of `moesaic.experts.compute`, the engine's experts
-(`served`), the dense FFN, plain and packed, and the experts of transformers' Qwen3MoE. Each pass goes over so many
-layers that their experts are larger than any cache; the sides take turns, who begins moves on, medians over rounds.
-Token i uses expert i mod E. Useful is what the tokens' experts are: their bytes once, products of their channels alone;
-of the dense FFN all of it.
+Random weights, experts of half the channels. Sides are every way to compute channel blocks, what is `chosen` of them,
+the engine's experts (`served`), the dense FFN, plain and packed, and the experts of transformers' Qwen3MoE. Each pass
+goes over so many layers that their experts are larger than any cache; the sides take turns, who begins moves on,
+medians over rounds. Token i uses expert i mod E. Useful is what the tokens' experts are: their bytes once, products of
+their channels alone; of the dense FFN all of it.
 """
 
 import argparse
 import copy
+import importlib
 import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,13 @@ FROM = 512  # tokens of a prompt that target 4 begins with
 Side = Callable[[int, Tensor], Tensor]  # (layer, tokens) -> what the FFN makes of them
 
 
-def paths() -> dict[str, Any]:
-    """The ways of `moesaic.experts.compute` by name: (blocks, tokens, groups) -> tokens."""
-    for name in ("PATHS", "BACKENDS"):
-        if isinstance(found := getattr(compute, name, None), Mapping):
-            return {key: getattr(each, "run", each) for key, each in found.items()}
-    return {name: getattr(compute, name) for name in PLAIN}
+def paths(blocks: ChannelBlocks) -> dict[str, Any]:
+    """The ways to compute these blocks by name: (blocks, tokens, groups) -> tokens."""
+    try:
+        found = importlib.import_module("moesaic.experts.backends").BACKENDS
+    except ImportError:  # a version that has no registry
+        return {name: getattr(compute, name) for name in PLAIN}
+    return {name: backend.path for name, backend in found.items() if backend.suits(blocks)}
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class Layers:
         self.blocks = nn.ModuleList(
             _blocks(mlp, mask) for mlp, mask in zip(self.dense, masks, strict=True)
         ).requires_grad_(False)
+        for blocks in self.blocks:
+            if hasattr(blocks, "copies"):
+                blocks.copies.limit = None  # as many as all ways need at once
         self.stock = nn.ModuleList(_stock(case) for _ in masks).requires_grad_(False)
         self.packed = copy.deepcopy(self.dense)
         pack_linears(self.packed)
@@ -132,7 +137,7 @@ class Layers:
             "dense packed": lambda layer, x: self.packed[layer](x),
             "stock": lambda layer, x: self.stock[layer](x, expert_N[:, None], weights),
         }
-        for name, path in paths().items():
+        for name, path in paths(self.blocks[0]).items():
             found[name] = lambda layer, x, path=path: path(self.blocks[layer], x, groups)
         found["chosen"] = lambda layer, x: self.blocks[layer](x, groups)
         found["served"] = served

@@ -5,6 +5,8 @@
 
 Sides:  dense   the random Llama, transformers' forward (sdpa, one forward a token, greedy)
         moe     its refactoring, the same way
+        moe-tuned                 the same after moesaic.tune
+        dense-packed, moe-packed  both after moesaic.optimize, which packs linear layers; the latter tuned too
         engine  the same checkpoint in the serving engine, every expert in memory; engine-int8, ... with --weights
         llama   llama-batched-bench on the same dense weights; llama-q8_0, ... with --llama-types
         stock   transformers' Qwen3MoE of as many experts of the same width (random weights of its own)
@@ -49,8 +51,10 @@ from moesaic.refactor.receipts import environment
 from moesaic.refactor.speed import Cell, Work, least_work
 
 SIDES = ("dense", "moe", "engine", "llama", "stock")
+PREPARED = ("moe-tuned", "dense-packed", "moe-packed")  # left out unless asked for
 WEIGHTS = {"stored": 16.0, "int8": 8.0, "int4": 4.0}  # bits, scales left out
 PEERS = {"int8": "llama-q8_0", "int4": "llama-q4_0", "q8_0": "llama-q8_0", "q4_0": "llama-q4_0"}  # of as many bits
+DENSE = {"moe-packed": "dense-packed"}  # prepared alike
 LLAMA_BITS = dict(zip(LLAMA_TYPES, (16.0, 8.5, 4.5), strict=True))
 WARM_STEPS = 12  # decode steps before anything counts: the engine copies experts once they are used often
 SLACK = 512  # tokens of context that requests may run ahead of the last to begin
@@ -95,10 +99,11 @@ def assemble(args: argparse.Namespace) -> tuple[dict[str, Side], list[str]]:
     missing: list[str] = []
     where = (args.work, args.model, args.dtype)
     apart = (lambda make: make()) if args.quick else partial(Apart, threads=args.threads)
-    if "dense" in args.sides:
-        sides["dense"] = apart(partial(load_forward, dense_folder(*where), args.dtype))
-    if "moe" in args.sides:
-        sides["moe"] = apart(partial(load_forward, moe_folder(*where), args.dtype))
+    for name in ("dense", "moe", *PREPARED):
+        begin, _, prepared = name.partition("-")
+        if name in args.sides:
+            folder = (dense_folder if begin == "dense" else moe_folder)(*where)
+            sides[name] = apart(partial(load_forward, folder, args.dtype, prepared))
     for weights in args.weights if "engine" in args.sides else ():
         name = "engine" if weights == "stored" else f"engine-{weights}"
         sides[name] = apart(partial(served, moe_folder(*where), weights, **engine_options(args)))
@@ -239,10 +244,16 @@ def ratio(row: dict[str, Any], side: str, other: str) -> dict[str, float] | None
 
 TARGETS = (  # number, whom, beside whom, kind and batch of the cells (None: all), at least
     (1, "moe", "dense", None, None, 1.0),
+    (1, "moe-tuned", "dense", None, None, 1.0),
+    (1, "moe-packed", "dense-packed", None, None, 1.0),
     (1, "engine", "dense", None, None, 1.0),
     (2, "moe", "dense", "decode", 1, 1.45),
+    (2, "moe-tuned", "dense", "decode", 1, 1.45),
+    (2, "moe-packed", "dense-packed", "decode", 1, 1.45),
     (2, "engine", "dense", "decode", 1, 1.45),
     (2, "moe", "dense", "decode", 8, 1.15),
+    (2, "moe-tuned", "dense", "decode", 8, 1.15),
+    (2, "moe-packed", "dense-packed", "decode", 8, 1.15),
     (2, "engine", "dense", "decode", 8, 1.15),
     (5, "engine", "llama", "decode", 1, 1.2),
     (5, "engine-int8", "llama-q8_0", "decode", 1, 1.2),
@@ -269,7 +280,7 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
     for row in rows:
         for number, (name, side) in enumerate(row["sides"].items()):
             peer = PEERS.get(name.partition("-")[2], "llama")
-            over = [ratio(row, name, other) if name != other else None for other in ("dense", peer)]
+            over = [ratio(row, name, other) if name != other else None for other in (DENSE.get(name, "dense"), peer)]
             speeds.add_row(
                 "" if number else row["name"],
                 name,
@@ -292,7 +303,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="wide", help="shape of the random model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=(*SIDES, *PREPARED), default=SIDES)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["stored"], help="of the engine's experts")
     parser.add_argument("--llama", type=Path, help="built llama.cpp checkout, or the path of llama-batched-bench")
     parser.add_argument("--llama-types", nargs="+", choices=LLAMA_TYPES, default=["bf16"])

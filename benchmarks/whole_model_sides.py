@@ -6,6 +6,7 @@ Shapes: ids (B, S) int64; of a decode cell `context` tokens that are there alrea
 import copy
 import dataclasses
 import gc
+import importlib
 import json
 import shlex
 import statistics
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 import moesaic  # noqa: F401  (registers the Auto classes)
 from moesaic.errors import MoesaicError
+from moesaic.models.modeling_moesaic import MoesaicForCausalLM
 from moesaic.refactor.speed import Cell
 from moesaic.serve.engine import Engine
 from moesaic.serve.options import EngineOptions
@@ -86,10 +88,26 @@ class Forward:
         return copy.deepcopy(kept[1])
 
 
-def load_forward(folder: Path, dtype: str) -> Forward:
-    """The dense or the refactored model as users load it."""
+def load_forward(folder: Path, dtype: str, prepared: str = "") -> Forward:
+    """The dense or the refactored model as users load it.
+
+    prepared: "tuned" for the fastest way to compute its experts as measured here, "packed" for that and linear layers
+    in oneDNN's order, where this version can do that.
+    """
     options = dict(dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    return Forward(AutoModelForCausalLM.from_pretrained(folder, **options))
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if prepared:
+        try:
+            tuning = importlib.import_module("moesaic.models.tuning")
+        except ImportError:
+            raise MoesaicError(
+                f"this version cannot prepare a model: leave the sides that are {prepared} out"
+            ) from None
+        if isinstance(model, MoesaicForCausalLM):
+            tuning.tune(model)
+        if prepared == "packed":
+            tuning.optimize(model)
+    return Forward(model)
 
 
 def stock_forward(size: Size, dtype: str) -> Forward:

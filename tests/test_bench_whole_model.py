@@ -1,6 +1,7 @@
 """The speed benchmarks at their smallest: what they compare computes the same, and what they print follows from it."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,12 @@ def test_weights_the_engine_does_not_have(bench: Any, moe: Path, monkeypatch: py
         bench.whole_model_sides.served(moe, "int8")
 
 
+def test_prepared_models_need_a_version_that_has_it(bench: Any, moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "moesaic.models.tuning", None)
+    with pytest.raises(MoesaicError, match="tuned"):
+        bench.whole_model_sides.load_forward(moe, "float32", "tuned")
+
+
 def test_llama_seconds(bench: Any) -> None:
     seconds = bench.whole_model_sides.llama_seconds
     line = '{"pp": 64, "tg": 16, "pl": 8, "t_pp": 9.0, "t_tg": 2.0}'
@@ -226,7 +233,7 @@ def test_ffn_sides_compute_the_same(bench: Any) -> None:
         x = torch.randn(7, case.hidden)
         out = {name: side(1, x) for name, side in layers.sides(expert_N).items()}
         torch.testing.assert_close(out["dense packed"], out["dense"])
-        for name in (*bench.ffn_floor.paths(), "chosen", "served"):
+        for name in (*bench.ffn_floor.paths(layers.blocks[1]), "chosen", "served"):
             torch.testing.assert_close(out[name], out["masked"], msg=lambda text, name=name: f"{name}: {text}")
         stock, one = layers.stock[1], layers.stock[1].down_proj[2]
         gate, up = (stock.gate_up_proj[2] @ x[2]).chunk(2)
