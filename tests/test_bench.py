@@ -16,7 +16,9 @@ from moesaic.serve.bench import BenchOptions, bench, fit_reads
 from moesaic.serve.bench_steps import Kind, Recorder, kinds
 from moesaic.serve.bench_work import Load, ModelWork
 from moesaic.simulate.calibration import CalibratedCost, Calibration, Costs, fit, read_calibration, simulator
+from moesaic.simulate.report import report
 from moesaic.simulate.stage_cost import StageLoad
+from moesaic.simulate.sweep import Measured, Sweep, run_sweep
 from moesaic.simulate.system import read_system
 from serving import engine, served_folder
 
@@ -174,6 +176,40 @@ def test_simulate_takes_the_measured_seconds(calibration: Calibration, tmp_path:
     assert found["system"]["device"] == calibration.machine.cpu
     assert found["latency_s"]["tpot"]["mean"] == pytest.approx(0.5)
     assert "routes of synthetic" in result.stderr
+
+
+def test_sweeps_take_the_measured_seconds(calibration: Calibration, tmp_path: Path) -> None:
+    """A cell of the sweep is the run of simulate, and another calibration is another run."""
+    trace = synthesize(Synthetic(requests=12, rate=50.0, prompt=8, output=4, layers=2, experts=3, d=64, ffn=64))
+    trace.save(tmp_path / "t.trace")
+    calibration.save(tmp_path / "a.json")
+    slower = replace(calibration.costs, stage_s=calibration.costs.stage_s + 0.5)
+    replace(calibration, costs=slower).save(tmp_path / "b.json")
+    axes = {"cache.capacity": [0.5, 1.0]}
+    found = {}
+    for name in "ab":
+        measured = Measured(tmp_path / f"{name}.json")
+        found[name] = run_sweep(Sweep(tmp_path / "t.trace", "moesaic", axes, False, measured), tmp_path / "out")
+        for cell, result in found[name]:
+            own = read_system("moesaic", cell)
+            alone = simulator(trace, own, measured.calibration)
+            assert report(alone, alone.run(own.name), own, 0, bounds=False) == result
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
+    first = [found[name][0][1]["latency_s"]["ttft"]["mean"] for name in "ab"]
+    assert first[1] > first[0] + 0.5
+    arguments = ["sweep", str(tmp_path / "t.trace"), "-s", "moesaic", "-a", "cache.capacity=0.5,1.0", "--no-bounds"]
+    arguments += ["--calibration", str(tmp_path / "a.json"), "--out", str(tmp_path / "out"), "--jobs", "1", "--json"]
+    shown = CliRunner().invoke(app, arguments)
+    assert [each["report"] for each in json.loads(shown.stdout)] == [result for _, result in found["a"]]
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4, "finished runs are not repeated"
+
+
+def test_replay_needs_a_system_for_a_calibration(calibration: Calibration, tmp_path: Path) -> None:
+    synthesize(Synthetic(requests=3, rate=50.0, prompt=8, output=4, layers=2, experts=3, d=64, ffn=64)).save(
+        tmp_path / "t.trace"
+    )
+    calibration.save(tmp_path / "a.json")
+    assert "name one with --system" in failing("replay", tmp_path / "t.trace", "--calibration", tmp_path / "a.json")
 
 
 def test_simulate_refuses_what_was_not_measured(calibration: Calibration, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ class Flat:
 
     def __init__(self, here: set[Key] = frozenset(), stage: float = 1.0, token: float = 0.01) -> None:  # type: ignore[assignment]
         self.here, self.stage_s, self.token_s, self.overlap = here, stage, token, False
+        self.complete = False
 
     def fetch_s(self, key: Key) -> float:
         return 0.0 if key in self.here else 1.0
@@ -278,3 +279,25 @@ def test_regrouping_finds_two_topics() -> None:
 def test_bad_input_is_named(wrong) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(MoesaicError, match=r"expected|queued already|did you mean 'decode-first'"):
         wrong()
+
+
+@given(
+    decodes=st.lists(st.tuples(st.integers(0, EXPERTS - 1), st.floats(0, 9)), max_size=8),
+    prompts=st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=5),
+    tokens=st.integers(1, 16),
+    admit=st.integers(0, 3),
+)
+def test_nothing_is_reckoned_where_every_entry_is_there(decodes, prompts, tokens, admit):
+    """And the stage is the one that reckoning finds, if it has room for all decode tokens."""
+    chosen = []
+    for complete in (True, False):
+        prices = Flat({Key(0, expert) for expert in range(EXPERTS)})
+        prices.complete = complete
+        batcher = Adaptive(prices, max_wait_s=5.0)
+        for number, (expert, since) in enumerate(sorted(decodes, key=lambda each: each[1])):
+            batcher.add(ready(number, since=since, expert=expert))
+        for number, (length, fresh) in enumerate(prompts, len(decodes)):
+            batcher.add(ready(number, "prefill", length)._replace(fresh=fresh))
+        chosen.append({(portion.request, portion.tokens) for portion in batcher.form(9.0, Room(tokens, admit))})
+    if len(decodes) <= tokens:
+        assert chosen[0] == chosen[1]

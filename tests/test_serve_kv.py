@@ -12,11 +12,11 @@ SHAPES = [KVShape(2, 8, torch.bfloat16), KVShape(3, 4, torch.float32)]
 
 def write(pool: KVPool, slot: int, first: int, count: int, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    at = torch.arange(first, first + count) + slot * pool.stride
+    slots, positions = torch.full((count,), slot), torch.arange(first, first + count)
     rows = []
     for layer, shape in enumerate(pool.shapes):
         keys, values = (torch.randn(count, shape.heads, shape.width, generator=generator).to(shape.dtype) for _ in "kv")
-        pool.write(layer, at, keys, values)
+        pool.write(layer, pool.places(shape.heads, slots, positions), keys, values)
         rows += [keys, values]
     return rows
 
@@ -42,9 +42,9 @@ def test_what_is_written_is_read_and_slots_do_not_touch() -> None:
 
 def test_bytes_are_whole_pages() -> None:
     pool = KVPool(SHAPES, 2, 1000)
-    assert pool.bytes_for(1) == 4 * PAGE
-    assert pool.bytes_for(85) == 4 * PAGE  # 32 bytes a token, 48 in the second layer
-    assert pool.bytes_for(86) == 2 * PAGE + 2 * 2 * PAGE
+    assert pool.bytes_for(1) == 2 * (2 + 3) * PAGE  # 16 bytes a token in every head
+    assert pool.bytes_for(256) == 2 * (2 + 3) * PAGE
+    assert pool.bytes_for(257) == 2 * 2 * (2 + 3) * PAGE
 
 
 def test_a_prefix_is_taken_over_or_copied() -> None:

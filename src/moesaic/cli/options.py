@@ -20,6 +20,22 @@ Domains = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the refactored checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 MaxBytes = Annotated[int, typer.Option(help="Text taken per domain, bytes.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Experts = Annotated[
+    str | None, typer.Option(help="Bytes for experts, or a share of them: 4GiB, 0.5. Default: what the rest leaves.")
+]
+MaxRequests = Annotated[int, typer.Option(help="Requests that run at a time.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of one step; longer prompts run in chunks.")]
+Device = Annotated[str | None, typer.Option(help="An accelerator that computes and that --memory is of, such as cuda.")]
+HostMemory = Annotated[
+    str | None, typer.Option(help="Main memory for experts that --device does not hold. Default: what is available.")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(help="What moesaic bench wrote: routes in that model, at the seconds measured there.")
+]
+PageCache = Annotated[
+    str, typer.Option(help="With --calibration: experts come from the page cache (keep) or the disk (drop).")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 

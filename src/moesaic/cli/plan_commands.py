@@ -28,14 +28,13 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", "-m", help="The budget, such as 8GiB. Default: 80 % of what is available.")
     ] = None,
-    experts: Annotated[
-        str | None,
-        typer.Option(help="Bytes for experts, or a share of them: 4GiB, 0.5. Default: what the rest leaves."),
-    ] = None,
+    experts: options.Experts = None,
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens. Default: what fits.")] = None,
-    max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
-    max_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_requests: options.MaxRequests = 32,
+    max_tokens: options.MaxTokens = 512,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    host_memory: options.HostMemory = None,
     calibration: Annotated[
         Path | None, typer.Option(help="What moesaic bench wrote for MODEL: the plan says how fast it will be.")
     ] = None,
@@ -55,6 +54,8 @@ def plan(
         max_requests=max_requests,
         max_tokens=max_tokens,
         dtype=dtype,
+        device=device,
+        host_memory=host_memory,
     )
     speed = None if calibration is None else _speed(result, calibration)
     if as_json:
@@ -121,7 +122,8 @@ def _table(result: "MemoryPlan") -> "Table":
 
     from moesaic.files import human_bytes
 
-    table = Table(title=f"{human_bytes(result.budget)} for {result.model} in {result.dtype}", box=SIMPLE)
+    where = f" on {result.device}" if result.device else ""
+    table = Table(title=f"{human_bytes(result.budget)}{where} for {result.model} in {result.dtype}", box=SIMPLE)
     for name in ("use", "size", "share"):
         table.add_column(name, justify="left" if name == "use" else "right")
     table.add_column("", width=BAR)
@@ -131,6 +133,10 @@ def _table(result: "MemoryPlan") -> "Table":
         bar = Bar(result.budget, begin, begin + count, width=BAR, color=color)
         table.add_row(name, human_bytes(count), f"{count / result.budget:.1%}", bar, text)
         begin += count
+    if result.device:
+        table.caption = (
+            f"beside it {human_bytes(result.host)} of main memory for experts that are not on {result.device}"
+        )
     return table
 
 
@@ -138,10 +144,13 @@ def _uses(result: "MemoryPlan") -> list[tuple[str, int, str, str]]:
     """Name, bytes, colour and remark of each use."""
     from moesaic.files import human_bytes
 
+    buffers = f"process, activations, logits, kernels {human_bytes(result.kernels)}"
+    if result.device:
+        buffers = "activations, logits"
     share = f"{result.experts / result.all_experts:.0%} of {human_bytes(result.all_experts)}"
     return [
         ("weights", result.dense, "blue", "all but experts"),
-        ("buffers", result.buffers, "cyan", f"process, activations, logits, kernels {human_bytes(result.kernels)}"),
+        ("buffers", result.buffers, "cyan", buffers),
         ("experts", result.experts, "magenta", f"{share}, {human_bytes(result.least_experts)} at least"),
         ("keys, values", result.kv, "yellow", _keys(result, human_bytes(result.kv_request))),
         ("spare", result.spare, "white", ""),

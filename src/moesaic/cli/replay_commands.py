@@ -33,6 +33,8 @@ def replay(
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="Simulate the trace with this system too and show both.")
     ] = None,
+    calibration: options.Calibration = None,
+    page_cache: options.PageCache = "keep",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the report as JSON.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -58,13 +60,14 @@ def replay(
         read_system(system)  # an unknown one is found before the server is asked, not after
     own = Trace.load(trace)
     own = own if head is None else own.head(head)
+    measured = _measured(own, system, calibration, page_cache)
     outcome = run(own, prompts_for(own, _texts(own, model, prompts)), Target(url, api_key, rate, timeout))
     result = report(outcome)
     if out is not None:
         atomic_write_json(out, result)
     whole = not outcome.interrupted and outcome.lost is None
     if system is not None and whole:
-        result["simulated"] = _simulated(own, system, rate)
+        result["simulated"] = _simulated(own, system, rate, measured)
     if out is not None:
         atomic_write_json(out, result)
     if as_json:
@@ -95,14 +98,26 @@ def _texts(trace: Any, model: Path | None, prompts: Path | None) -> list[list[in
     return [trace.token_ids[row : row + count].tolist() for row, count in rows]
 
 
-def _simulated(trace: Any, system: str, rate: float) -> dict[str, Any]:
-    from moesaic.simulate.assemble import assemble
-    from moesaic.simulate.report import report
+def _measured(trace: Any, system: str | None, calibration: Path | None, page_cache: str) -> Any:
+    """The calibration to simulate with, None without; what cannot be is found before the server is asked."""
+    from moesaic.cli.simulate_commands import measured_by
+    from moesaic.errors import MoesaicError
+
+    if calibration is None:
+        return None
+    if system is None:
+        raise MoesaicError("--calibration is for the simulated system: name one with --system, such as moesaic")
+    measured = measured_by(calibration, page_cache)
+    measured.calibration.sized(trace)
+    return measured
+
+
+def _simulated(trace: Any, system: str, rate: float, measured: Any) -> dict[str, Any]:
+    from moesaic.simulate.sweep import simulate
     from moesaic.simulate.system import read_system
 
-    own = read_system(system)
-    simulator = assemble(trace if rate == 1.0 else trace.scaled(rate), own)
-    return report(simulator, simulator.run(own.name), own, 0, bounds=False)
+    own = trace if rate == 1.0 else trace.scaled(rate)
+    return simulate(own, read_system(system), bounds=False, measured=measured)
 
 
 def _table(result: dict[str, Any]) -> "Table":

@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from moesaic.cli import options
+
 ModelFolder = Annotated[Path, typer.Argument(help="A checkpoint that moesaic refactor wrote.")]
 KEYS = "MOESAIC_API_KEYS"
+ApiKeys = Annotated[
+    list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS} with commas. None = everybody.")
+]
+MostOutput = Annotated[
+    int | None, typer.Option(help="Tokens of an answer whose request names no number. Default: the context.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,27 +29,25 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     memory: Annotated[str | None, typer.Option(help="Memory of a replica, as 8GiB; see moesaic plan.")] = None,
-    experts: Annotated[str | None, typer.Option(help="Memory for experts: bytes, 2GiB, or a share of all.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    experts: options.Experts = None,
+    dtype: options.Dtype = "auto",
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    max_requests: Annotated[int, typer.Option(help="Requests that run at a time.")] = 32,
+    max_requests: options.MaxRequests = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait beyond those; more get 429.")] = 1024,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of one step; longer prompts run in chunks.")] = 512,
+    max_tokens: options.MaxTokens = 512,
     batcher: Annotated[str, typer.Option(help="What runs together: adaptive, fcfs, decode-first, ...")] = "adaptive",
     policy: Annotated[str, typer.Option(help="Which experts leave: belady, lru, ...")] = "belady",
     lookahead: Annotated[int, typer.Option(help="Layers whose experts are fetched ahead; 0 = on demand.")] = 1,
     max_wait: Annotated[float, typer.Option(help="Longest a ready token is passed over, in seconds.")] = 1.0,
     page_cache: Annotated[str, typer.Option(help="keep, or drop to force reads from the disk.")] = "keep",
-    api_key: Annotated[
-        list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS} with commas. None = everybody.")
-    ] = None,
+    api_key: ApiKeys = None,
     per_minute: Annotated[int, typer.Option(help="Requests a key may make in a minute; 0 = any number.")] = 0,
-    most_output: Annotated[
-        int | None, typer.Option(help="Tokens of an answer whose request names no number. Default: the context.")
-    ] = None,
+    most_output: MostOutput = None,
     most_per_call: Annotated[int, typer.Option(help="Requests that one call may make: its prompts times n.")] = 16,
     drain: Annotated[float, typer.Option(help="Seconds running requests may take to finish at the end.")] = 30.0,
     threads: Annotated[int | None, typer.Option(help="Threads that compute; default: the cores.")] = None,
+    device: options.Device = None,
+    host_memory: options.HostMemory = None,
     ray: Annotated[bool, typer.Option("--ray", help="Run replicas under Ray Serve, on this machine.")] = False,
     replicas: Annotated[str, typer.Option(help="With --ray: 2, or 1:4 to add and remove them by load.")] = "1",
 ) -> None:
@@ -62,7 +68,7 @@ def serve(
 
     named = api_key or [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     api = ApiOptions(tuple(named), per_minute, most_output=most_output, most_requests=most_per_call)
-    options = EngineOptions(
+    engine_options = EngineOptions(
         memory=memory,
         experts=_share(experts),
         dtype=dtype,  # type: ignore[arg-type]
@@ -76,6 +82,8 @@ def serve(
         max_wait_s=max_wait,
         page_cache=page_cache,  # type: ignore[arg-type]
         threads=threads,
+        device=device,
+        host_memory=host_memory,
     )
     listening = bound(host, port)
     if open_to_others(listening) and not named:
@@ -92,9 +100,9 @@ def serve(
         serve(load, listening, ServerOptions(host, port, drain))
 
     if ray:
-        _replicated(model, options, replicas, drain, run)
+        _replicated(model, engine_options, replicas, drain, run)
     else:
-        _interruptible(lambda: run(lambda: _started(model, options)))
+        _interruptible(lambda: run(lambda: _started(model, engine_options)))
 
 
 def _say(name: str, where: str) -> None:

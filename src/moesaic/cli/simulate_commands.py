@@ -13,6 +13,8 @@ from moesaic.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from moesaic.simulate.sweep import Measured
+
 TraceFile = Annotated[Path, typer.Argument(help="A trace: moesaic trace record, synth or replay makes one.")]
 SystemName = Annotated[
     str,
@@ -62,13 +64,8 @@ def simulate(
         typer.Option(help="Measured operator times (Vidur's CSV of an FFN): the device runs at the rates found there."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="Which GPU of --op-times.")] = "a100",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="What moesaic bench wrote: the trace's routes in that model, at the seconds measured there."),
-    ] = None,
-    page_cache: Annotated[
-        str, typer.Option(help="With --calibration: experts come from the page cache (keep) or the disk (drop).")
-    ] = "keep",
+    calibration: options.Calibration = None,
+    page_cache: options.PageCache = "keep",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for report.json, requests.csv, stages.csv and figures.")
     ] = None,
@@ -126,6 +123,8 @@ def sweep(
         "moesaic-sweep"
     ),
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time.")] = 2,
+    calibration: options.Calibration = None,
+    page_cache: options.PageCache = "keep",
     bounds: Annotated[bool, typer.Option(help="Replay every run under LRU, random and the oracle.")] = True,
     as_json: options.Json = False,
 ) -> None:
@@ -140,7 +139,8 @@ def sweep(
     set_quiet(as_json)
     axes = runs.read_axes(axis or ["cache.policy=lru,belady", "cache.capacity=0.25,0.5,0.75,1.0"])
     fixed = {key: [value] for key, value in _changes(changes).items()}
-    results = runs.run_sweep(runs.Sweep(trace, system, {**fixed, **axes}, bounds), out, jobs)
+    measured = None if calibration is None else measured_by(calibration, page_cache)
+    results = runs.run_sweep(runs.Sweep(trace, system, {**fixed, **axes}, bounds, measured), out, jobs)
     files = save_table(results, out, " ".join(["moesaic", *sys.argv[1:]]))
     if as_json:
         typer.echo(json.dumps([{"cell": cell, "report": result} for cell, result in results]))
@@ -149,16 +149,24 @@ def sweep(
     typer.echo(f"{', '.join(files)}: {out}")
 
 
-def _measured(trace: Any, own: Any, seed: int, path: Path, page_cache: str) -> tuple[Any, str]:
-    """A simulator at measured costs, and the machine they are of; says on stderr what is not as it was measured."""
+def measured_by(path: Path, page_cache: str) -> "Measured":
+    """A calibration file to simulate with; says on stderr if it was measured elsewhere."""
     from moesaic.errors import MoesaicError
-    from moesaic.simulate.calibration import read_calibration, simulator
+    from moesaic.simulate.sweep import Measured
 
     if page_cache not in ("keep", "drop"):
         raise MoesaicError(f"--page-cache {page_cache}: expected keep or drop")
-    found = read_calibration(path)
-    if (differs := found.elsewhere()) is not None:
+    measured = Measured(path, page_cache)  # type: ignore[arg-type]
+    if (differs := measured.calibration.elsewhere()) is not None:
         typer.secho(f"note: {differs}", fg="yellow", err=True)
+    return measured
+
+
+def _measured(trace: Any, own: Any, seed: int, path: Path, page_cache: str) -> tuple[Any, str]:
+    """A simulator at measured costs, and the machine they are of; says on stderr what is not as it was measured."""
+    from moesaic.simulate.calibration import simulator
+
+    found = measured_by(path, page_cache).calibration
     if trace.card.model != found.card.model:
         text = f"note: routes of {trace.card.model}, sizes and seconds of {found.model.name} in {found.model.dtype}"
         typer.secho(text, fg="yellow", err=True)

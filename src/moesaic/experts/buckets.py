@@ -1,6 +1,7 @@
 """How many rows a product is filled up to: few numbers, since each of them costs the CPU's library a kernel."""
 
 LEAST = 6  # rows of a packed product: no more take longer than one does (benchmarks/small_products.py)
+PLAIN_LEAST = 4  # of a plain one: with fewer, sums are made in another order
 
 
 def bucket(rows: int, least: int = LEAST) -> int:
@@ -10,7 +11,7 @@ def bucket(rows: int, least: int = LEAST) -> int:
     """
     if rows <= least:
         return least
-    for most, step in ((2, 1), (16, 4), (64, 8), (256, 32)):
+    for most, step in ((16, 4), (64, 8), (256, 32)):
         if rows <= most:
             return -(-rows // step) * step
     return -(-rows // 64) * 64

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.experts.buckets import bucket
+from moesaic.experts.buckets import PLAIN_LEAST, bucket
 
 
 @cache
@@ -55,12 +55,11 @@ class PackedWeight:
 def steady(x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
     """A plain product whose rows do not depend on how many there are: rows are filled up to a bucket.
 
-    Small float32 products take other kernels, with sums in another order, at some row counts below 12 that are no
-    multiple of 4.
+    Small products take other kernels, with sums in another order: in float32 at some row counts below 12 that are no
+    multiple of 4, in bfloat16 with 1 and 2 rows, where one number in a million differs.
     """
     rows = len(x_NI)
-    least = 4 if x_NI.dtype == torch.float32 else 1
-    return F.linear(_filled(x_NI, bucket(rows, least)), weight_OI, bias)[:rows]
+    return F.linear(_filled(x_NI, bucket(rows, PLAIN_LEAST)), weight_OI, bias)[:rows]
 
 
 def _filled(x_NI: Tensor, rows: int) -> Tensor:

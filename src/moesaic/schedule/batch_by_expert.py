@@ -85,6 +85,7 @@ class Prices(Protocol):
     """What a stage costs, in seconds, as far as a batcher's choice changes it.
 
     stage_s, token_s: a stage without experts, and each of its tokens. overlap: fetching hides behind running.
+    complete: every entry is there.
     """
 
     @property
@@ -93,6 +94,8 @@ class Prices(Protocol):
     def token_s(self) -> float: ...
     @property
     def overlap(self) -> bool: ...
+    @property
+    def complete(self) -> bool: ...
     def fetch_s(self, key: Key) -> float:
         """To bring the entry in; 0 if it is there."""
         ...
@@ -111,8 +114,8 @@ class Adaptive(Batcher):
        another joins if the stage's rate, tokens weighted by their wait over seconds, does not fall. Best groups first.
     4  Prompts fill what is left of the budget, the last one cut.
 
-    Where all entries are there this is chunked prefill. Where they are not, groups take turns: a group that waits gets
-    heavier, with its members' waits and with those who join it.
+    Where all entries are there this is chunked prefill, and nothing is reckoned. Where they are not, groups take turns:
+    a group that waits gets heavier, with its members' waits and with those who join it.
     """
 
     def __init__(self, prices: Prices, max_wait_s: float = 1.0) -> None:
@@ -131,6 +134,10 @@ class Adaptive(Batcher):
             del self._groups[ready.expert][ready.request]
 
     def _fill(self, stage: Stage, now: float) -> None:
+        if self.prices.complete and len(self.decodes) <= stage.tokens:
+            fill(stage, self.decodes.values())
+            fill(stage, self.prefills.values(), cut=True)
+            return
         bill = _Bill(self.prices)
         for ready in self.decodes.values():  # in the order of readiness: the overdue come first
             if now - ready.since_s < self.max_wait_s or not stage.take(ready):

@@ -6,8 +6,9 @@ one step are never dealt out by expert. Units: tokens, bytes, seconds. Shapes: L
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple, get_args
 
@@ -17,6 +18,7 @@ ANY = -1
 """The layer of an entry or a call whose choice holds in all layers."""
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Known(IntEnum):
@@ -42,6 +44,31 @@ class Call(NamedTuple):
     expert: int
     tokens: int
     keys: tuple[Key, ...]
+
+
+class Route(tuple[Call, ...]):
+    """The calls of a portion, with what follows from them, found out once however many portions share it."""
+
+    @cached_property
+    def layers(self) -> dict[int, tuple[Call, ...]]:
+        """The calls of each layer."""
+        return by_layer(self)
+
+    @cached_property
+    def keys(self) -> tuple[Key, ...]:
+        """The entries they need, each once."""
+        return keys_of(self)
+
+    @cached_property
+    def tokens(self) -> tuple[int, int]:
+        """The fewest and the most tokens of a call."""
+        counts = [call.tokens for call in self]
+        return min(counts, default=1), max(counts, default=1)
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether an expert is called twice in a layer."""
+        return len({call[:2] for call in self}) < len(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +109,34 @@ class WorkItem:
     tokens: int
     calls: tuple[Call, ...]
     known_at: Known
-    _layers: Mapping[int, tuple[Call, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_layers", by_layer(self.calls))
-        name = f"step {self.step} of request {self.request}"
+        if not isinstance(self.calls, Route):
+            object.__setattr__(self, "calls", Route(self.calls))
         if self.step < 0 or self.tokens < 1:
-            raise MoesaicError(f"{name} has {self.tokens} tokens: steps count from 0 and have at least 1 token")
-        if self.phase not in get_args(Phase):
-            raise MoesaicError(f"{name} has the phase {self.phase!r}: expected one of {', '.join(get_args(Phase))}")
+            raise self._wrong(f"has {self.tokens} tokens: steps count from 0 and have at least 1 token")
+        if self.phase not in PHASES:
+            raise self._wrong(f"has the phase {self.phase!r}: expected one of {', '.join(PHASES)}")
         if not self.calls and self.known_at != Known.GATE:
-            raise MoesaicError(f"{name} calls no expert: expected the calls of every routed layer")
-        if len({call[:2] for call in self.calls}) < len(self.calls):
-            raise MoesaicError(f"{name} calls one expert twice in a layer: add up the tokens")
-        for call in self.calls:
-            if not 1 <= call.tokens <= self.tokens:
-                raise MoesaicError(
-                    f"{name} sends {call.tokens} tokens to expert {call.expert} of layer {call.layer}: expected 1 to "
-                    f"{self.tokens}, the tokens of the step"
-                )
+            raise self._wrong("calls no expert: expected the calls of every routed layer")
+        if self.route.repeats:
+            raise self._wrong("calls one expert twice in a layer: add up the tokens")
+        least, most = self.route.tokens
+        if least < 1 or most > self.tokens:
+            call = next(call for call in self.calls if not 1 <= call.tokens <= self.tokens)
+            raise self._wrong(
+                f"sends {call.tokens} tokens to expert {call.expert} of layer {call.layer}: expected 1 to "
+                f"{self.tokens}, the tokens of the step"
+            )
+
+    def _wrong(self, what: str) -> MoesaicError:
+        return MoesaicError(f"step {self.step} of request {self.request} {what}")
+
+    @property
+    def route(self) -> Route:
+        """The calls, with what follows from them."""
+        assert isinstance(self.calls, Route)
+        return self.calls
 
     @property
     def id(self) -> tuple[int, int]:
@@ -110,11 +146,11 @@ class WorkItem:
     @property
     def keys(self) -> tuple[Key, ...]:
         """Every entry the step needs, each once, in the order of the calls."""
-        return keys_of(self.calls)
+        return self.route.keys
 
     def at(self, layer: int) -> tuple[Call, ...]:
         """The calls in one layer."""
-        return self._layers.get(layer, ())
+        return self.route.layers.get(layer, ())
 
 
 def by_layer(calls: Iterable[Call]) -> dict[int, tuple[Call, ...]]:
@@ -138,11 +174,16 @@ def moments(items: Iterable[WorkItem]) -> list[tuple[Call, ...]]:
 
     A layer's calls need their entries at the same time, so this is the unit of caching.
     """
-    merged: dict[tuple[int, int], Call] = {}
+    routes: dict[int, tuple[Route, int]] = {}  # those that several items share are merged at once
     for item in items:
-        for call in item.calls:
+        route, times = routes.get(id(item.calls), (item.route, 0))
+        routes[id(route)] = route, times + 1
+    merged: dict[tuple[int, int], Call] = {}
+    for route, times in routes.values():
+        for call in route:
             before = merged.get(call[:2])
-            merged[call[:2]] = call if before is None else call._replace(tokens=before.tokens + call.tokens)
+            tokens = times * call.tokens + (0 if before is None else before.tokens)
+            merged[call[:2]] = call if tokens == call.tokens else call._replace(tokens=tokens)
     return list(by_layer(merged[at] for at in sorted(merged)).values())
 
 
@@ -190,7 +231,7 @@ class Layout:
         """All entries once."""
         return sum(self.bytes.values())
 
-    def calls(self, routes_L: Sequence[Mapping[int, int]]) -> tuple[Call, ...]:
+    def calls(self, routes_L: Sequence[Mapping[int, int]]) -> Route:
         """Routes, per layer {expert: tokens}, as calls. One row serves all layers: routes that hold in every layer.
 
         Raises MoesaicError for another number of rows, or an expert the layout does not have.
@@ -203,7 +244,7 @@ class Layout:
             if (layer, expert) not in self.entries:
                 count = sum(other == layer for other, _ in self.entries)
                 raise MoesaicError(f"layer {layer} has no expert {expert}: the layout stores {count}, counted from 0")
-        return tuple(Call(layer, e, tokens, self.entries[layer, e]) for layer, e, tokens in pairs)
+        return Route(Call(layer, e, tokens, self.entries[layer, e]) for layer, e, tokens in pairs)
 
 
 def minimum_bytes(steps: Iterable[Sequence[WorkItem]], sizes: Mapping[Key, int]) -> int:

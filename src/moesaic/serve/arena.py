@@ -5,6 +5,7 @@ expert's rows keep their place in one contiguous matrix however often they leave
 in one contiguous slot.
 """
 
+import math
 import mmap
 import sys
 import warnings
@@ -35,16 +36,28 @@ class Arena:
 
     def tensor(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A view of the range that begins at `start`; its strides are those of a contiguous tensor."""
-        count = dtype.itemsize
-        for side in shape:
-            count *= side
-        return self._tensor[start : start + count].view(dtype).view(shape)
+        return self._tensor[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def release(self, start: int, stop: int) -> None:
         """Give back the whole pages inside the range; they read as zero until they are written again."""
         first, last = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+class DeviceRange:
+    """`size` zeroed bytes on a device, which has no virtual memory that torch gives out: they exist as long as this."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = -(-max(size, 1) // PAGE) * PAGE
+        self._tensor = torch.zeros(self.size, dtype=torch.uint8, device=device)
+
+    def tensor(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A view of the range that begins at `start`, contiguous."""
+        return self._tensor[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def release(self, start: int, stop: int) -> None:
+        """Nothing: what is written next overwrites it."""
 
 
 def resident_bytes() -> int:

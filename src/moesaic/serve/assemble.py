@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from moesaic.serve.experts import BlockExperts, Packs, experts_of
 from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
 from moesaic.serve.kv import KVPool
-from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_dtype
+from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_device, served_dtype
 from moesaic.serve.memory import MemorySplit
 from moesaic.serve.memory_plan import MemoryPlan, plan
 from moesaic.serve.model_files import expert_entries
 from moesaic.serve.options import EngineOptions
 from moesaic.serve.prices import LivePrices
 from moesaic.serve.runner import Machine, Runner
+from moesaic.serve.slab import SlabExperts, SlabMemory, block_channels, stock_channels
 from moesaic.serve.step import Backbone
 from moesaic.serve.stock import ServedStock, StockExperts, expert_matrices
 from moesaic.serve.stock_step import StockBackbone
@@ -52,16 +53,29 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
         max_requests=options.max_requests,
         max_tokens=options.max_tokens,
         dtype=options.dtype,
+        device=options.device,
+        host_memory=options.host_memory,
     )
-    loaded = load(folder, served_dtype(stored_dtype(folder), options.dtype), options.pack)
-    pool = KVPool(loaded.kv, options.max_requests, planned.context)
-    store, memory = _store(loaded, options, planned)
+    device = None if options.device is None else served_device(options.device, planned.budget)
+    if device is not None:
+        options = replace(options, max_requests=planned.requests)
+    loaded = load(folder, served_dtype(stored_dtype(folder), options.dtype), options.pack, device)
+    pool = KVPool(loaded.kv, options.max_requests, planned.context, device)
     model, packs = loaded.model, Packs()
-    places = experts_of(store.residency.layout.entries)
-    store.on_left = lambda key: packs.drop(places(key))
-    backbone = _backbone(loaded, store, pool, packs)
+    layout, parts = expert_entries(model.config.to_dict(), loaded.files, loaded.dtype.itemsize)
+    host = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
+    if device is None:
+        experts = _experts(loaded, host, layout, packs)
+    else:
+        experts = _slab_experts(loaded, host, layout, planned, device)
+    store, memory = _store(layout, experts, loaded, options, planned)
+    backbone: Backbone
+    if isinstance(model, ServedStock):
+        backbone = StockBackbone(model, experts.layers, store, pool)
+    else:
+        backbone = Backbone(model, experts.layers, store, pool)
     gate = Gate(model.pregate, len(model.expert_names), len(loaded.kv) - _gate_layers(model))
-    prices = LivePrices(store.residency, store)
+    prices = LivePrices(store.residency, store, pool.device)
     batcher = make(BATCHERS, "batcher", options.batcher, prices=prices, max_wait_s=options.max_wait_s)
     machine = Machine(backbone, gate, store, memory, packs)
     runner = Runner(machine, batcher, prices, options, counters)
@@ -75,24 +89,70 @@ def _gate_layers(model: ServedMoesaic | ServedStock) -> int:
     return 0 if model.pregate is None else int(model.pregate.config.layers)
 
 
-def _backbone(loaded: Loaded, store: ExpertStore, pool: KVPool, packs: Packs) -> Backbone:
-    model = loaded.model
+@dataclass
+class Experts:
+    """The experts of every layer, what moves their entries, and what has to hear of entries that leave."""
+
+    layers: list[Any]
+    memory: ExpertMemory | SlabMemory
+    left: Callable[[Key], None]
+
+
+def _experts(loaded: Loaded, host: ExpertMemory, layout: Layout, packs: Packs) -> Experts:
+    """In main memory."""
+    model, layers = loaded.model, list[Any]()
+    places = experts_of(layout.entries)
     if isinstance(model, ServedStock):
-        memory = store.memory
-        matrices = [expert_matrices(each, loaded.files, memory.parts, memory.tensor) for each in model.experts]
-        layers = [StockExperts(*each, packs) for each in zip(model.experts, matrices, strict=True)]
-        return StockBackbone(model, layers, store, pool)
-    experts = [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
-    return Backbone(model, experts, store, pool)
+        layers += [StockExperts(*each, packs) for each in zip(model.experts, _matrices(loaded, host), strict=True)]
+    else:
+        _fill(loaded, host)
+        layers += [BlockExperts(blocks, layer, packs) for layer, blocks in enumerate(model.blocks)]
+    return Experts(layers, host, lambda key: packs.drop(places(key)))
 
 
-def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple[ExpertStore, MemorySplit]:
-    layout, parts = expert_entries(loaded.model.config.to_dict(), loaded.files, loaded.dtype.itemsize)
-    memory = ExpertMemory(loaded.files, parts, loaded.dtype, options.page_cache == "drop")
-    if isinstance(loaded.model, ServedMoesaic):
-        for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
-            fill_blocks(blocks, name, memory.tensor, loaded.files.tensors)
-    elif options.predictor == PRE_GATE:
+def _slab_experts(
+    loaded: Loaded, host: ExpertMemory, layout: Layout, planned: MemoryPlan, device: torch.device
+) -> Experts:
+    """On a device, those that do not fit in main memory."""
+    model, layers, packs = loaded.model, list[Any](), Packs()
+    places = experts_of(layout.entries)
+    if isinstance(model, ServedStock):
+        channels = stock_channels(matrices := _matrices(loaded, host))
+    else:
+        _fill(loaded, host)
+        channels = block_channels(model.blocks)
+    memory = SlabMemory(host, channels, planned.experts, planned.host, device)
+    slab = SlabExperts(memory, layout.entries)
+    if isinstance(model, ServedStock):
+        for layer, own in enumerate(model.experts):
+            layers.append(StockExperts(own, slab.matrices(layer, len(matrices[layer])), packs))
+    else:
+        for layer, blocks in enumerate(model.blocks):
+            if blocks.down_bias is not None:
+                blocks.down_bias = torch.nn.Parameter(blocks.down_bias.to(device), requires_grad=False)
+            layers.append(BlockExperts(blocks, layer, packs, slab.rows(layer)))
+
+    def left(key: Key) -> None:
+        slab.drop(places(key))
+        memory.left(key)
+
+    return Experts(layers, memory, left)
+
+
+def _fill(loaded: Loaded, host: ExpertMemory) -> None:
+    assert isinstance(loaded.model, ServedMoesaic)
+    for blocks, name in zip(loaded.model.blocks, loaded.model.names, strict=True):
+        fill_blocks(blocks, name, host.tensor, loaded.files.tensors)
+
+
+def _matrices(loaded: Loaded, host: ExpertMemory) -> list[list[list[torch.Tensor]]]:
+    return [expert_matrices(each, loaded.files, host.parts, host.tensor) for each in loaded.model.experts]
+
+
+def _store(
+    layout: Layout, experts: Experts, loaded: Loaded, options: EngineOptions, planned: MemoryPlan
+) -> tuple[ExpertStore, MemorySplit]:
+    if isinstance(loaded.model, ServedStock) and options.predictor == PRE_GATE:
         options = replace(options, predictor=STICKY)
     split = MemorySplit(
         budget=planned.budget,
@@ -100,9 +160,11 @@ def _store(loaded: Loaded, options: EngineOptions, planned: MemoryPlan) -> tuple
         buffers=planned.buffers,
         least=planned.least_experts,
         all_experts=layout.total_bytes,
-        fixed=planned.experts if options.experts is not None else None,
+        fixed=planned.experts if options.experts is not None or options.device is not None else None,
     )
-    return ExpertStore(memory, partial(_residency, layout, options, split.for_experts(0))), split
+    store = ExpertStore(experts.memory, partial(_residency, layout, options, split.for_experts(0)))
+    store.on_left = experts.left
+    return store, split
 
 
 def _residency(layout: Layout, options: EngineOptions, capacity: int, left: Callable[[Key], None]) -> Residency:

@@ -47,15 +47,18 @@ FILL = 64  # keys; a multiple of the width of any vector register, so that what 
 class _Run:
     """Single tokens of requests in neighbouring slots, all with keys that fill up to `length`."""
 
-    def __init__(self, segments: Sequence[Segment], length: int) -> None:
+    def __init__(self, segments: Sequence[Segment], length: int, device: torch.device) -> None:
         self.first, self.count, self.length = segments[0].slot, len(segments), length
         self.segments = segments
         starts = [segment.start for segment in segments]
         in_order = starts == list(range(starts[0], starts[0] + len(starts)))
-        self.rows: Any = slice(starts[0], starts[0] + len(starts)) if in_order else torch.tensor(starts)
+        self.rows: Any = slice(starts[0], starts[0] + len(starts))
+        if not in_order:
+            self.rows = torch.tensor(starts, device=device)
         keys_B1 = torch.tensor([[segment.past + 1] for segment in segments])
         hidden_BL = torch.arange(length) >= keys_B1
-        self._mask = torch.zeros(len(segments), 1, 1, length).masked_fill_(hidden_BL[:, None, None], -torch.inf)
+        mask = torch.zeros(len(segments), 1, 1, length).masked_fill_(hidden_BL[:, None, None], -torch.inf)
+        self._mask = mask.to(device)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """(B, 1, 1, L): nothing added to the scores of a request's keys, minus infinity to what lies after them."""
@@ -64,7 +67,7 @@ class _Run:
         return self._mask
 
 
-def _runs(segments: Sequence[Segment], stride: int) -> list[_Run]:
+def _runs(segments: Sequence[Segment], stride: int, device: torch.device) -> list[_Run]:
     """The fewest calls for these single tokens; neighbours run together where their keys fill up alike."""
     runs: list[_Run] = []
     begun: list[Segment] = []
@@ -72,11 +75,11 @@ def _runs(segments: Sequence[Segment], stride: int) -> list[_Run]:
     for segment in sorted(segments):
         own = min(-(-(segment.past + 1) // FILL) * FILL, stride)
         if begun and (own != length or segment.slot != begun[-1].slot + 1):
-            runs.append(_Run(begun, length))
+            runs.append(_Run(begun, length, device))
             begun = []
         length = own
         begun.append(segment)
-    return runs + ([_Run(begun, length)] if begun else [])
+    return runs + ([_Run(begun, length, device)] if begun else [])
 
 
 class RaggedAttention:
@@ -85,15 +88,24 @@ class RaggedAttention:
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         self.pool = pool
         self._prompts = [segment for segment in segments if segment.tokens > 1]
-        self._runs = _runs([segment for segment in segments if segment.tokens == 1], pool.stride)
-        self.pos_N = torch.cat([torch.arange(s.past, s.past + s.tokens) for s in segments])
-        slots = torch.tensor([s.slot for s in segments]) * pool.stride
-        self.at_N = self.pos_N + slots.repeat_interleave(torch.tensor([s.tokens for s in segments]))
+        self._runs = _runs([segment for segment in segments if segment.tokens == 1], pool.stride, pool.device)
+        positions = [position for s in segments for position in range(s.past, s.past + s.tokens)]
+        slots = [s.slot for s in segments for _ in range(s.tokens)]
+        self.pos_N, self._slot_N = torch.tensor(positions, device=pool.device), torch.tensor(slots, device=pool.device)
+        self._places: dict[int, Tensor] = {}
 
     def attend(self, layer: int, query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, scores: Scores) -> Tensor:
-        """Store the step's keys and values in `layer`, then attend; (N, H, D)."""
-        self.pool.write(layer, self.at_N, key_NGD, value_NGD)
+        """Store the step's keys and values in `layer`, then attend; (N, H, D).
+
+        Rows after the step's tokens, which fill it up, stay out of it: zeros.
+        """
+        tokens, heads = len(self.pos_N), key_NGD.shape[1]
         out_NHD = torch.empty_like(query_NHD)
+        if len(query_NHD) > tokens:
+            out_NHD[tokens:] = 0
+        if heads not in self._places:
+            self._places[heads] = self.pool.places(heads, self._slot_N, self.pos_N)
+        self.pool.write(layer, self._places[heads], key_NGD[:tokens], value_NGD[:tokens])
         for segment in self._prompts:
             keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
             rows = slice(segment.start, segment.start + segment.tokens)
@@ -110,11 +122,18 @@ class RaggedAttention:
 
 
 def _together(query_BHD: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
-    """One query each against (B, G, L, D) keys and values; (B, H, D)."""
+    """One query each against (B, G, L, D) keys and values; (B, H, D).
+
+    The heads of a group are filled up to 2, 4, 8, ...: with other numbers the sums of float32 depend on which thread
+    makes them, and so on how many requests share the call.
+    """
     tokens, heads, width = query_BHD.shape
     folded = query_BHD.reshape(tokens, keys.shape[1], -1, width)
+    own = folded.shape[2]
+    if more := max(2, 1 << (own - 1).bit_length()) - own:
+        folded = F.pad(folded, (0, 0, 0, more))
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scores.scale)
-    return out.reshape(tokens, heads, width)
+    return out[:, :, :own].reshape(tokens, heads, width)
 
 
 def _one(query_HD: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
@@ -132,7 +151,8 @@ def _many(query_SHD: Tensor, keys: Tensor, values: Tensor, past: int, scores: Sc
     tokens, length = len(query_SHD), keys.shape[1]
     mask: Any = None
     if scores.cap is not None or (scores.window is not None and length > scores.window):
-        query, key = torch.arange(past, length)[:, None], torch.arange(length)
+        key = torch.arange(length, device=keys.device)
+        query = key[past:, None]
         mask = (key <= query) & (key > query - (scores.window or length))
     elif past:
         mask = causal_lower_right(tokens, length)

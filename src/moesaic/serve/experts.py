@@ -17,7 +17,8 @@ from moesaic.experts.channel_blocks import ChannelBlocks
 from moesaic.experts.packed import PackedWeight, steady
 from moesaic.schedule.work import Key
 
-HOT = 8  # uses without leaving the memory after which a copy is likely to pay for itself
+Rows = Callable[[str, int], list[Tensor]]  # of gate, up, down or a bias, those of an expert, in one order for all
+HOT = 2  # uses: a copy takes seven products of few tokens, and saves a third of each and the gathering
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Packs:
     taken: int = 0
     _copies: OrderedDict[tuple[int, int], tuple[PackedWeight, ...]] = field(default_factory=OrderedDict)
     _uses: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __contains__(self, at: tuple[int, int]) -> bool:
+        return at in self._copies
 
     def get(self, at: tuple[int, int]) -> tuple[PackedWeight, ...] | None:
         """The matrices of (layer, expert) as they were offered, if they lie packed."""
@@ -63,10 +67,18 @@ class Packs:
 
 
 class BlockExperts:
-    """Channel blocks of layer `layer`: y = (act(gate x) * up x) @ down over the expert's rows."""
+    """Channel blocks of layer `layer`: y = (act(gate x) * up x) @ down over the expert's rows.
 
-    def __init__(self, blocks: ChannelBlocks, layer: int, packs: Packs) -> None:
+    rows: where these are, of a matrix by its name; None = in the blocks' own.
+    """
+
+    def __init__(self, blocks: ChannelBlocks, layer: int, packs: Packs, rows: Rows | None = None) -> None:
         self.blocks, self.layer, self.packs = blocks, layer, packs
+        self._rows = self._own if rows is None else rows
+
+    def packed(self, expert: int) -> bool:
+        """Whether it fills up rows by itself, so that rows more than there are tokens cost nothing."""
+        return (self.layer, expert) in self.packs
 
     def run(self, expert: int, x_MD: Tensor) -> Tensor:
         """(M, D) -> (M, D)."""
@@ -89,15 +101,16 @@ class BlockExperts:
 
     def _matrices(self, expert: int) -> tuple[Tensor, Tensor]:
         """gate over up (2 W_e, D), and down (D, W_e), a view where the expert is a single run."""
-        stacked = [self._rows(part, expert) for part in (self.blocks.gate, self.blocks.up) if part is not None]
+        stacked = [self._rows(name, expert) for name in ("gate", "up") if getattr(self.blocks, name) is not None]
         gate_up = torch.cat([row for rows in stacked for row in rows]) if len(stacked) > 1 else _join(stacked[0])
-        return gate_up, _join(self._rows(self.blocks.down, expert)).T
+        return gate_up, _join(self._rows("down", expert)).T
 
     def _bias(self, expert: int) -> Tensor | None:
-        parts = [part for part in (self.blocks.gate_bias, self.blocks.up_bias) if part is not None]
-        return torch.cat([row for part in parts for row in self._rows(part, expert)]) if parts else None
+        names = [name for name in ("gate_bias", "up_bias") if getattr(self.blocks, name) is not None]
+        return torch.cat([row for name in names for row in self._rows(name, expert)]) if names else None
 
-    def _rows(self, matrix: Tensor, expert: int) -> list[Tensor]:
+    def _own(self, name: str, expert: int) -> list[Tensor]:
+        matrix = getattr(self.blocks, name)
         return [matrix[start:stop] for start, stop in self.blocks.layout.runs(expert)]
 
 

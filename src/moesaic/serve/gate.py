@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.experts.buckets import bucket
+from moesaic.experts.packed import PackedLinear
 from moesaic.routing.pregate import PreGate
 from moesaic.serve.attention import RaggedAttention, Scores
 from moesaic.serve.request import ExpertControl, RequestError
@@ -25,6 +27,8 @@ class Gate:
 
     def __init__(self, pregate: PreGate | None, experts: int, first: int) -> None:
         self.pregate, self.experts, self.first = pregate, experts, first
+        self.device = torch.device("cpu") if pregate is None else pregate.head.weight.device
+        self.filled = pregate is not None and any(isinstance(part, PackedLinear) for part in pregate.modules())
 
     def bias(self, control: ExpertControl) -> Tensor | None:
         """What to add to the logits (E,) so that only allowed experts win; None = nothing.
@@ -52,7 +56,8 @@ class Gate:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(query, key, value, is_causal=len(ids) > 1)
 
-        logits = self.pregate.run(torch.tensor([ids]), torch.arange(len(ids))[None], attend)[0]
+        pos_N = torch.arange(len(ids), device=self.device)
+        logits = self.pregate.run(torch.tensor([ids], device=self.device), pos_N[None], attend)[0].cpu()
         return choose(logits if bias is None else logits + bias)
 
     @torch.inference_mode()
@@ -67,7 +72,11 @@ class Gate:
             out_NHD = step.attend(self.first + layer, rows[0].contiguous(), rows[1], rows[2], scores)
             return out_NHD.transpose(0, 1)[None]
 
-        logits = self.pregate.run(torch.tensor([ids]), step.pos_N[None], attend)[0]
+        # rows are filled up once here, and not for every packed product
+        more = bucket(len(ids)) - len(ids) if self.filled else 0
+        pos_1N = F.pad(step.pos_N[None], (0, more)) if more else step.pos_N[None]
+        logits = self.pregate.run(torch.tensor([[*ids, *[0] * more]], device=self.device), pos_1N, attend)[0]
+        logits = logits[: len(ids)].cpu()
         for row, extra in enumerate(bias):
             if extra is not None:
                 logits[row] += extra

@@ -2,6 +2,7 @@
 
 A slot has room for the whole context in every layer; its pages appear as tokens come and leave with the request. Ended
 requests may stay as prefixes: a new request with an equal beginning takes the slot over, or copies from it.
+A head's keys lie side by side, so that attention reads them in one run (benchmarks/attention_layouts.py).
 Shapes: S slots, T context, H key-value heads, D head width, N tokens of a step.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import MoesaicError
-from moesaic.serve.arena import PAGE, Arena
+from moesaic.serve.arena import PAGE, Arena, DeviceRange
 
 
 class KVShape(NamedTuple):
@@ -27,8 +28,8 @@ class KVShape(NamedTuple):
 
     @property
     def row(self) -> int:
-        """Bytes of one token's keys."""
-        return self.heads * self.width * self.dtype.itemsize
+        """Bytes of one token's key in one head."""
+        return self.width * self.dtype.itemsize
 
 
 @dataclass
@@ -42,30 +43,36 @@ class _Slot:
 class KVPool:
     """Slots for `slots` requests of at most `context` tokens. Slots that are acquired hold a reservation of bytes.
 
+    device: None = main memory, where pages appear as they are written; elsewhere all slots exist from the beginning.
     taken: bytes reserved by running requests and held by prefixes; both count against the budget.
     """
 
-    def __init__(self, shapes: Sequence[KVShape], slots: int, context: int) -> None:
+    def __init__(self, shapes: Sequence[KVShape], slots: int, context: int, device: torch.device | None = None) -> None:
         if not shapes or slots < 1 or context < 1:
             raise MoesaicError(f"{len(shapes)} layers, {slots} slots, context {context}: expected at least 1 of each")
         self.shapes, self.context = tuple(shapes), context
         self._slots = [_Slot() for _ in range(slots)]
-        # Slots begin on pages in every layer, so that they come and go alone; they have some rows more than needed.
-        whole = max(PAGE // math.gcd(PAGE, shape.row) for shape in shapes)
-        self.stride = -(-context // whole) * whole  # rows of a slot
-        sizes = [shape.row * self.stride * slots for shape in shapes for _ in "kv"]
+        # Heads begin on pages, so that their rows come and go alone; they have some more than needed.
+        whole = 1 if device is not None else max(PAGE // math.gcd(PAGE, shape.row) for shape in shapes)
+        self.stride = -(-context // whole) * whole  # rows of a head in a slot
+        sizes = [shape.row * self.stride * shape.heads * slots for shape in shapes for _ in "kv"]
         self._starts = [0, *accumulate(sizes)]
-        self._arena = Arena(self._starts[-1])
+        self._arena = Arena(self._starts[-1]) if device is None else DeviceRange(self._starts[-1], device)
         self._matrices = [
-            self._arena.tensor(start, (slots * self.stride, shape.heads, shape.width), shape.dtype)
+            self._arena.tensor(start, (slots, shape.heads, self.stride, shape.width), shape.dtype)
             for start, shape in zip(self._starts, (shape for shape in shapes for _ in "kv"), strict=False)
         ]
         self._ends = 0
         self.taken = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self._matrices[0].device
+
     def bytes_for(self, tokens: int) -> int:
         """Bytes of pages that `tokens` tokens of one request take."""
-        return sum(2 * (-(-shape.row * tokens // PAGE) * PAGE) for shape in self.shapes)
+        return sum(2 * shape.heads * (-(-shape.row * tokens // PAGE) * PAGE) for shape in self.shapes)
 
     @property
     def free_slots(self) -> int:
@@ -77,23 +84,26 @@ class KVPool:
         """Bytes reserved by running requests: what cannot be given back before one ends."""
         return sum(slot.reserved for slot in self._slots if not slot.free)
 
-    def write(self, layer: int, at_N: Tensor, keys_NHD: Tensor, values_NHD: Tensor) -> None:
-        """Store a step's keys and values; token n goes to row at_N[n] = slot * stride + position."""
-        self._matrices[2 * layer].index_copy_(0, at_N, keys_NHD)
-        self._matrices[2 * layer + 1].index_copy_(0, at_N, values_NHD)
+    def places(self, heads: int, slot_N: Tensor, pos_N: Tensor) -> Tensor:
+        """Where tokens go in layers of so many heads: (N * H,), for `write`."""
+        head_NH = slot_N[:, None] * heads + torch.arange(heads, device=slot_N.device)
+        return (head_NH * self.stride + pos_N[:, None]).flatten()
+
+    def write(self, layer: int, places: Tensor, keys_NHD: Tensor, values_NHD: Tensor) -> None:
+        """Store a step's keys and values at `places`."""
+        for matrix, rows in zip(self._matrices[2 * layer : 2 * layer + 2], (keys_NHD, values_NHD), strict=True):
+            width = matrix.shape[-1]
+            matrix.view(-1, width).index_copy_(0, places, rows.reshape(-1, width))
 
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the slot's first `length` tokens, (H, length, D) views."""
-        first = slot * self.stride
         keys, values = self._matrices[2 * layer : 2 * layer + 2]
-        return keys[first : first + length].transpose(0, 1), values[first : first + length].transpose(0, 1)
+        return keys[slot, :, :length], values[slot, :, :length]
 
     def read_slots(self, layer: int, first: int, count: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of `count` slots from `first` on, (count, H, length, D) views."""
         keys, values = self._matrices[2 * layer : 2 * layer + 2]
-        shape = (-1, self.stride, *keys.shape[1:])
-        slots = slice(first, first + count)
-        return keys.view(shape)[slots, :length].transpose(1, 2), values.view(shape)[slots, :length].transpose(1, 2)
+        return keys[first : first + count, :, :length], values[first : first + count, :, :length]
 
     def match(self, ids: Sequence[int]) -> tuple[int | None, int]:
         """The slot, running or not, with the longest beginning in common with `ids`, and its length."""
@@ -128,9 +138,8 @@ class KVPool:
         return slot, length
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        here, there = source * self.stride, target * self.stride
         for matrix in self._matrices:
-            matrix[there : there + length] = matrix[here : here + length]
+            matrix[target, :, :length] = matrix[source, :, :length]
 
     def extend(self, slot: int, ids: Sequence[int]) -> None:
         """The next tokens of the slot's request are about to be written."""
@@ -167,9 +176,11 @@ class KVPool:
 
     def _release(self, slot: int, keep: int) -> None:
         for number, start in enumerate(self._starts[:-1]):
-            row = self.shapes[number // 2].row
-            first = start + slot * self.stride * row
-            self._arena.release(first + -(-row * keep // PAGE) * PAGE, first + self.stride * row)
+            shape = self.shapes[number // 2]
+            size = shape.row * self.stride  # of a head
+            for head in range(slot * shape.heads, (slot + 1) * shape.heads):
+                first = start + head * size
+                self._arena.release(first + -(-shape.row * keep // PAGE) * PAGE, first + size)
 
 
 def _common(one: Sequence[int], two: Sequence[int]) -> int:

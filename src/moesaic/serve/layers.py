@@ -52,7 +52,8 @@ class FusedLayer(nn.Module):
         self.index, self.scores, self.width = index, scores, own.head_dim
         self.heads, self.groups = (len(matrix.weight) // self.width for matrix in (own.q_proj, own.k_proj))
         self.rotation = rotation
-        self.scale_AK: Tensor | None = None
+        self.scale_AK: Tensor | None
+        self.register_buffer("scale_AK", None, persistent=False)
         if hasattr(own, "q_norm"):
             self._norm_heads(own.q_norm, own.k_norm)
 
@@ -144,7 +145,7 @@ def _seen(layer: nn.Module, width: int) -> _Seen:
     norm: Any = layer.norm if isinstance(layer, FusedLayer) else layer.input_layernorm
     x = torch.randn(1, positions.shape[1], len(norm.weight), generator=generator)
     angle = torch.rand(1, positions.shape[1], width // 2, generator=generator).mul(6.0).repeat(1, 1, 2)
-    recorder = _Recorder()
+    recorder = Recorder()
     with attention.current.use(recorder):  # type: ignore[arg-type]
         out = layer(
             x.to(weight.dtype),
@@ -157,7 +158,7 @@ def _seen(layer: nn.Module, width: int) -> _Seen:
     return _Seen(*recorder.call, out[0] if isinstance(out, tuple) else out)
 
 
-class _Recorder:
+class Recorder:
     """Stands for a step's attention: keeps what it is asked, and answers with something that depends on all of it."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:

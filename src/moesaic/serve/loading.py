@@ -77,8 +77,10 @@ class Loaded:
     packed_bytes: int
 
 
-def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
-    """Load everything but the experts of a refactored model, or of a mixture as transformers ships it.
+def load(folder: Path, dtype: torch.dtype, pack: bool = True, device: torch.device | None = None) -> Loaded:
+    """Load everything but the experts of a refactored model, or of a mixture as transformers ships it, to `device`.
+
+    Weights are packed for CPUs where no device is named.
 
     Raises MoesaicError if it is neither, tensors are missing, or its attention cannot be served.
     """
@@ -98,10 +100,15 @@ def load(folder: Path, dtype: torch.dtype, pack: bool = True) -> Loaded:
     if pack:
         fuse_norms(model.backbone)
         fuse_layers(model.backbone)
-    packed = pack_linears(model.backbone) if pack else 0
-    if model.pregate is not None and pack:
+    packed = pack_linears(model.backbone) if pack and device is None else 0
+    if model.pregate is not None and pack and device is None:
         packed += pack_linears(model.pregate.layers)
-    return Loaded(model, load_tokenizer(folder), files, dtype, kv_shapes(model), packed)
+    kv = kv_shapes(model)
+    if device is not None:
+        model.backbone.to(device)
+        if model.pregate is not None:
+            model.pregate.to(device)
+    return Loaded(model, load_tokenizer(folder), files, dtype, kv, packed)
 
 
 def _load_moesaic(folder: Path, dtype: torch.dtype) -> tuple[ServedMoesaic, set[str]]:
@@ -157,6 +164,22 @@ def fill_blocks(
         with safe_open(places[f"{name}.down_bias"].file, framework="pt") as file:
             bias = file.get_tensor(f"{name}.down_bias")
         blocks.down_bias = nn.Parameter(bias.to(blocks.up.dtype), requires_grad=False)
+
+
+def served_device(name: str, budget: int) -> torch.device:
+    """The accelerator, which shall give this process no more than `budget` bytes where it can be told so.
+
+    Raises MoesaicError if torch cannot compute there.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoesaicError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        whole = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(budget / whole, 1.0), device)
+    return device
 
 
 def served_dtype(stored: torch.dtype, wanted: str) -> torch.dtype:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError
-from moesaic.experts.buckets import LEAST, bucket
+from moesaic.experts.buckets import LEAST, PLAIN_LEAST, bucket
 from moesaic.files import human_bytes
 from moesaic.schedule.work import Layout
 from moesaic.serve.model_files import BITS, CONFIG, ModelFiles, Parts, expert_entries, read_json
@@ -34,6 +34,7 @@ BASE = 432 * 2**20
 # oneDNN compiles a product for every number of rows and shape of weights it meets, and keeps the last 1024. Measured
 # with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them.
 KERNEL, KERNELS = 2**20, 1024
+PASSING = 16 * 2**20  # bytes of main memory, beyond the largest entry, that entries pass through to a device
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -49,6 +50,7 @@ class MemoryPlan:
     experts:       what the engine keeps in memory at first; least_experts: the largest one of a layer.
     kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
     kernels:       what compiled kernels grow to at most, part of the buffers.
+    device:        where all this is, "" = main memory. host: main memory for experts that the device does not hold.
     least_budget:  less cannot work with this context, these experts and this dtype.
     problems:      what does not fit though it works; advice: what to change.
     """
@@ -70,6 +72,8 @@ class MemoryPlan:
     max_requests: int
     kernels: int
     least_budget: int
+    device: str = ""
+    host: int = 0
     problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
@@ -88,7 +92,8 @@ class MemoryPlan:
 class Needs:
     """What a model takes whatever the budget.
 
-    row_bytes: one token's keys in each layer, the pre-gate's after the backbone's; values take the same.
+    heads:     of each layer with keys, the pre-gate's after the backbone's, how many heads and the bytes of one token's
+               key in one; values take the same.
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
     packs:     what packed copies of all experts take; worth having, never needed.
     """
@@ -96,7 +101,7 @@ class Needs:
     dense: int
     fixed: int
     context_token: int
-    row_bytes: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
     kernels: int
     packs: int
     all_experts: int
@@ -104,8 +109,8 @@ class Needs:
     model_context: int | None
 
     def kv(self, context: int) -> int:
-        """Keys and values of one request: a slot's pages in every layer."""
-        return sum(2 * pages(row * context) for row in self.row_bytes)
+        """Keys and values of one request: a slot's pages, by head, in every layer."""
+        return sum(2 * count * pages(row * context) for count, row in self.heads)
 
     def buffers(self, context: int) -> int:
         """Everything that is neither weights nor keys."""
@@ -125,10 +130,12 @@ def plan(
     max_requests: int = 32,
     max_tokens: int = 512,
     dtype: str = "auto",
+    device: str | None = None,
+    host_memory: int | str | None = None,
 ) -> MemoryPlan:
     """Choose sizes for serving the model in `folder`, by the rule above. The arguments are those of EngineOptions.
 
-    memory None: SHARE of what is available, but not more than is useful.
+    memory None: SHARE of what is available, but not more than is useful; host_memory None: likewise.
 
     Raises MoesaicError if the model cannot be served or the budget is below the minimum, which the message names.
     """
@@ -137,14 +144,14 @@ def plan(
     files = ModelFiles(folder)
     config = read_json(files.folder / CONFIG)
     dtype = served_dtype(config, dtype)
-    needs = needs_of(config, files, dtype, max_requests, max_tokens)
+    needs = needs_of(config, files, dtype, max_requests, max_tokens, device)
     first = _least_context(needs, context)
     longest = context or max(needs.model_context or 0, first)
     fixed = _fixed_experts(needs, experts)
     wanted = needs.all_experts if fixed is None else fixed
     least = needs.beside_experts(first) + (needs.least_experts if fixed is None else fixed)
     useful = needs.beside_experts(longest) + wanted + (max_requests - 1) * needs.kv(longest) + needs.packs
-    budget = _budget(memory, useful)
+    budget = _budget(memory, useful, device)
     savings = _savings(files, config, dtype, needs, first)
     if budget < least:
         if fixed is not None and fixed > needs.least_experts:
@@ -153,6 +160,9 @@ def plan(
     given = min(wanted, budget - needs.beside_experts(first))
     chosen = _longest_context(needs, budget - given, first, longest)
     full = max_requests * needs.kv(chosen)
+    kv = min(full, budget - needs.dense - needs.buffers(chosen) - given)
+    if device is not None:  # whole slots, which are there from the beginning
+        kv = kv // needs.kv(chosen) * needs.kv(chosen)
     result = MemoryPlan(
         model=str(files.folder),
         dtype=dtype,
@@ -160,10 +170,10 @@ def plan(
         dense=needs.dense,
         buffers=needs.buffers(chosen),
         experts=given,
-        kv=min(full, budget - needs.dense - needs.buffers(chosen) - given),
+        kv=kv,
         all_experts=needs.all_experts,
         least_experts=needs.least_experts,
-        kv_token=2 * sum(needs.row_bytes),
+        kv_token=2 * sum(count * row for count, row in needs.heads),
         kv_request=needs.kv(chosen),
         kv_full=full,
         context=chosen,
@@ -171,6 +181,8 @@ def plan(
         max_requests=max_requests,
         kernels=needs.kernels,
         least_budget=least,
+        device=device or "",
+        host=0 if device is None else _host(host_memory, needs.all_experts - given, needs.least_experts),
     )
     return _with_comments(result, needs, savings, given_context=context is not None, given_experts=fixed is not None)
 
@@ -207,8 +219,18 @@ def _size(name: str, value: int | float | str, whole: int | None = None) -> int:
         raise MoesaicError(f"{name}: {error}") from None
 
 
-def _budget(memory: int | str | None, useful: int) -> int:
-    return min(int(SHARE * available_bytes()), useful) if memory is None else _size("memory", memory)
+def _budget(memory: int | str | None, useful: int, device: str | None) -> int:
+    if memory is not None:
+        return _size("memory", memory)
+    return min(int(SHARE * (available_bytes() if device is None else device_bytes(device))), useful)
+
+
+def _host(memory: int | str | None, beyond: int, largest: int) -> int:
+    """Main memory for experts: `beyond` bytes that the device does not hold, and what passes through."""
+    if memory is not None:
+        return _size("host memory", memory)
+    passing = largest + PASSING
+    return max(min(int(SHARE * available_bytes()) - BASE, beyond + passing), passing)
 
 
 def _least_context(needs: Needs, context: int | None) -> int:
@@ -222,8 +244,18 @@ def _least_context(needs: Needs, context: int | None) -> int:
 
 
 # -- what the model needs ---------------------------------------------------------------------------------------------
-def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_requests: int, max_tokens: int) -> Needs:
-    """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`."""
+def needs_of(
+    config: Mapping[str, Any],
+    files: ModelFiles,
+    dtype: str,
+    max_requests: int,
+    max_tokens: int,
+    device: str | None = None,
+) -> Needs:
+    """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`.
+
+    On a device: the driver and its libraries, which no one but they can bound, are not counted.
+    """
     item = ITEM_BYTES[dtype]
     layout, parts = expert_entries(config, files, item)
     base = text_config(config)
@@ -240,23 +272,28 @@ def needs_of(config: Mapping[str, Any], files: ModelFiles, dtype: str, max_reque
     # Of one row: logits as computed, and in float32 with their probabilities and an order of them with its places.
     row = vocab * (item + 4 + 4 + 4 + 8)
     pregate = config.get("pregate") or {}
-    gate_rows: list[int] = []
+    gate_heads: list[tuple[int, int]] = []
     gate_token = 0
     if pregate:
         gate_width = _number(pregate, "width")
-        gate_rows = [4 * gate_width] * _number(pregate, "layers")
+        count = _number(pregate, "heads")
+        gate_heads = [(count, 4 * gate_width // count)] * _number(pregate, "layers")
         gate_token = 4 * (8 * gate_width + _number(pregate, "mlp_width"))  # it reads a prompt at once, in float32
-    paging = _paging(layout, parts, files, item, least)
-    kernels = _kernels(layout, parts, files, dtype, max_tokens)
+    paging = kernels = base_bytes = packs = 0
+    if device is None:
+        base_bytes, paging = BASE, _paging(layout, parts, files, item, least)
+        kernels = _kernels(layout, parts, files, dtype, max_tokens)
+        if dtype == "bfloat16":
+            packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys)
     # A chunk's mask over the context, and keys and values repeated for the heads that share them.
     mask = max_tokens * (1 + item) + (2 * shape.query * item if shape.query != shape.keys else 0)
     return Needs(
         dense=dense,
-        fixed=BASE + kernels + max(largest, max_tokens * token + max_requests * row) + paging,
+        fixed=base_bytes + kernels + max(largest, max_tokens * token + max_requests * row) + paging,
         context_token=mask + gate_token,
-        row_bytes=(*[shape.keys * item] * shape.layers, *gate_rows),
+        heads=(*[(shape.heads, shape.keys // shape.heads * item)] * shape.layers, *gate_heads),
         kernels=kernels,
-        packs=sum(layout.bytes[key] for keys in layout.entries.values() for key in keys) * (dtype == "bfloat16"),
+        packs=packs,
         all_experts=layout.total_bytes,
         least_experts=least,
         model_context=_model_context(base),
@@ -295,11 +332,12 @@ def _optional(config: Mapping[str, Any], *names: str) -> int | None:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Numbers of one token in one layer: `keys` of them in its keys, and as many in its values."""
+    """Numbers of one token in one layer: `keys` of them in its keys, of all `heads`, and as many in its values."""
 
     layers: int
     query: int
     keys: int
+    heads: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "AttentionShape":
@@ -314,7 +352,8 @@ class AttentionShape:
         heads = _number(config, "num_attention_heads", "n_head", "n_heads")
         width = _optional(config, "head_dim") or _number(config, "hidden_size", "n_embd", "d_model") // heads
         shared = 1 if config.get("multi_query") else heads
-        return cls(layers, heads * width, width * (_optional(config, "num_key_value_heads", "num_kv_heads") or shared))
+        groups = _optional(config, "num_key_value_heads", "num_kv_heads") or shared
+        return cls(layers, heads * width, width * groups, groups)
 
 
 def _model_context(config: Mapping[str, Any]) -> int | None:
@@ -360,7 +399,7 @@ def _kernels(layout: Layout, parts: Parts, files: ModelFiles, dtype: str, max_to
     stored = {part.tensor for ranges in parts.values() for part in ranges}
     dense = {place.shape for name, place in files.tensors.items() if name not in stored and len(place.shape) == 2}
     experts = {sum(layout.bytes[key] for key in keys) for keys in layout.entries.values()}  # as many as widths
-    packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, 1))
+    packed, plain = (len({bucket(rows, least) for rows in range(1, max_tokens + 1)}) for least in (LEAST, PLAIN_LEAST))
     kernels = len(dense) * packed + (2 * len(experts) * plain if dtype == "bfloat16" else 0)
     return KERNEL * min(KERNELS, kernels)
 
@@ -446,6 +485,19 @@ def available_bytes(root: Path = Path("/")) -> int:
             "this system does not say how much memory is available: give a budget, such as 8GiB"
         ) from None
     return max(0, min([free, *_group_limits(root)]))
+
+
+def device_bytes(device: str) -> int:
+    """Memory of an accelerator that could be taken now. Raises MoesaicError where nobody says."""
+    import torch  # here alone: plans for main memory need none
+
+    try:
+        where = torch.device(device)
+        if where.type == "cuda":
+            return int(torch.cuda.mem_get_info(where)[0])
+    except (RuntimeError, AssertionError) as error:
+        raise MoesaicError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    raise MoesaicError(f"device {device!r} does not say how much memory it has: give a budget, such as --memory 8GiB")
 
 
 def _group_limits(root: Path) -> list[int]:

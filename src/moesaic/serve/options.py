@@ -22,6 +22,9 @@ class EngineOptions:
     max_wait_s:    the longest a ready portion is passed over (adaptive batcher).
     prefix_reuse:  keep keys and values of ended requests while memory allows, and reuse equal beginnings.
     page_cache:    "keep" lets the system keep read files in memory it does not need; "drop" forces reads from the disk.
+    device:        an accelerator, such as "cuda", that computes and has `memory` bytes; None = the CPU. "cpu" runs the
+                   accelerator's path on the CPU.
+    host_memory:   with a device: main memory for experts that it does not hold, None = what is available.
     """
 
     memory: int | str | None = None
@@ -41,6 +44,8 @@ class EngineOptions:
     pack: bool = True
     page_cache: Literal["keep", "drop"] = "keep"
     threads: int | None = None
+    device: str | None = None
+    host_memory: int | str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,5 +54,7 @@ class EngineOptions:
                 raise MoesaicError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.max_waiting < 0 or self.lookahead < 0:
             raise MoesaicError(f"max_waiting {self.max_waiting}, lookahead {self.lookahead}: expected at least 0")
+        if self.host_memory is not None and self.device is None:
+            raise MoesaicError("host_memory is for experts that a device does not hold: name one, such as device cuda")
         if self.context is not None and self.context < 2:
             raise MoesaicError(f"a context of {self.context} tokens holds no prompt and answer: expected at least 2")

@@ -19,12 +19,17 @@ class LivePrices:
     Read and fetched bytes are priced at the measured rates of memory and of the store's reads.
     """
 
-    def __init__(self, residency: Residency, store: ExpertStore) -> None:
+    def __init__(self, residency: Residency, store: ExpertStore, device: torch.device) -> None:
         self.residency, self.store = residency, store
         self.overlap = residency.lookahead > 0
         self.stage_s, self.token_s = 2e-3, 2e-4  # before the first steps: a guess that they soon outweigh
-        self.memory_rate = memory_rate()
+        self.memory_rate = memory_rate(device)
         self._sums = [0.0] * 5  # weight, tokens, seconds, tokens^2, tokens * seconds
+
+    @property
+    def complete(self) -> bool:
+        """Whether every entry is there."""
+        return self.store.complete
 
     def fetch_s(self, key: Key) -> float:
         """Seconds to read an entry that is not there."""
@@ -47,14 +52,14 @@ class LivePrices:
             self.stage_s = max((y - self.token_s * x) / weight, LEAST)
 
 
-def memory_rate(size: int = 32 << 20) -> float:
-    """Bytes a second of reading memory, the best of three passes over `size` bytes."""
-    data = torch.ones(size // 4)
+def memory_rate(device: torch.device, size: int = 32 << 20) -> float:
+    """Bytes a second of reading the device's memory, the best of three passes over `size` bytes."""
+    data = torch.ones(size // 4, device=device)
     best = min(_seconds(data) for _ in range(3))
     return size / best
 
 
 def _seconds(data: torch.Tensor) -> float:
     begin = time.perf_counter()
-    data.sum()
+    float(data.sum())  # waits for it
     return time.perf_counter() - begin

@@ -12,7 +12,7 @@ import numpy as np
 
 from moesaic.schedule.batch import Batcher, Portion, Ready, Room
 from moesaic.schedule.residency import Residency
-from moesaic.schedule.work import WorkItem, keys_of
+from moesaic.schedule.work import WorkItem
 from moesaic.serve.attention import RaggedAttention, Segment
 from moesaic.serve.counters import Counters, StepCount
 from moesaic.serve.experts import Packs
@@ -153,6 +153,7 @@ class Runner:
     def step(self) -> list[Outcome]:
         """Form a stage and run it; what became of its requests, and of those whose experts could not be read."""
         begin, stall, books = time.perf_counter(), self.machine.store.stall_s, self._books_s
+        used = self._used_bytes
         with self._books():
             portions = self.batcher.form(self.now, Room(self.options.max_tokens, self._admit()))
             staged = [self._taken(portion) for portion in portions]
@@ -178,6 +179,10 @@ class Runner:
         seconds, stalled = time.perf_counter() - begin, self.machine.store.stall_s - stall
         items = self.machine.backbone.routes or [item for _, item in staged]
         self._count(items, seconds, stalled, self._books_s - books)
+        self.prices.step(
+            sum(item.tokens for item in items),
+            max(seconds - stalled - (self._used_bytes - used) / self.prices.memory_rate, 0.0),
+        )
         return failed + outcomes
 
     @contextmanager
@@ -188,6 +193,11 @@ class Runner:
             yield
         finally:
             self._own_s += time.perf_counter() - begin
+
+    @property
+    def _used_bytes(self) -> int:
+        """Bytes of entries that layers have used, ever."""
+        return sum(cache.tally.bytes for cache in self.residency.pools)
 
     @property
     def _books_s(self) -> float:
@@ -310,10 +320,7 @@ class Runner:
         return "length" if len(request.output) >= request.generation.max_tokens else None
 
     def _count(self, items: Sequence[WorkItem], seconds: float, stalled: float, overhead: float) -> None:
-        tokens = sum(item.tokens for item in items)
-        experts = len({call.expert for item in items for call in item.calls})
-        read = sum(map(self.prices.read_s, {key for calls in {item.calls for item in items} for key in keys_of(calls)}))
-        self.prices.step(tokens, max(seconds - stalled - read, 0.0))
+        experts = len({call.expert for item in items for call in item.at(item.calls[0].layer)})
         self.counters.step(StepCount(items, seconds, stalled, overhead, experts))
 
 

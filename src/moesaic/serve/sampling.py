@@ -76,7 +76,7 @@ class Sampler:
 
     def choose(self, logits_V: Tensor) -> Choice:
         """The next token; log-probabilities are of the distribution before temperature and truncation."""
-        logits_V = logits_V.float()
+        logits_V = logits_V.to("cpu", torch.float32)
         if self._changes:
             logits_V = self._changed(logits_V.clone())
         token = int(logits_V.argmax()) if self.generation.temperature == 0 else self._draw(logits_V)

@@ -1,7 +1,7 @@
 """One step of the backbone: the tokens of many requests in one row, their experts' calls carried out layer by layer.
 
 Tokens are sorted by expert once: a plan holds in every layer. Only attention goes back to requests.
-Shapes: N tokens of the step, R rows whose next token is wanted, V vocabulary, D model width.
+Shapes: N tokens of the step, P with rows that fill it up, R rows whose next token is wanted, V vocabulary, D width.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.experts.packed import PackedLinear
 from moesaic.schedule.work import WorkItem
 from moesaic.serve import attention
 from moesaic.serve.attention import RaggedAttention, Segment
+from moesaic.serve.decoder import decoder_of
 from moesaic.serve.experts import BlockExperts
 from moesaic.serve.kv import KVPool
 from moesaic.serve.store import ExpertStore
@@ -40,14 +43,20 @@ class Part:
 
 
 class TokenOrder:
-    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are."""
+    """The tokens of a step by expert: rows of expert e are `slices[e]` once sorted by `order`, None if they are.
 
-    def __init__(self, expert_N: NDArray[np.int16]) -> None:
+    only: the expert of all, None where there are several.
+    """
+
+    def __init__(self, expert_N: NDArray[np.int16], device: torch.device) -> None:
         counts = np.bincount(expert_N)
         ends = np.cumsum(counts)
         self.slices = {int(e): slice(int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)}
+        self.only = next(iter(self.slices)) if len(self.slices) == 1 else None
         sorted_already = bool((expert_N[1:] >= expert_N[:-1]).all())
-        self.order = None if sorted_already else torch.from_numpy(np.argsort(expert_N, kind="stable"))
+        self.order = None
+        if not sorted_already:
+            self.order = torch.from_numpy(np.argsort(expert_N, kind="stable")).to(device)
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """Rows by expert."""
@@ -64,8 +73,11 @@ class Backbone:
     routes: work items with calls in the first layer that has experts, where the step that ran has found them out.
     """
 
+    filled = True  # a step may have rows more than its tokens: what stands in for experts leaves them out
+
     def __init__(self, model: Any, experts: Sequence[BlockExperts], store: ExpertStore, pool: KVPool) -> None:
         self.model, self.experts, self.store, self.pool = model, experts, store, pool
+        self.decoder = decoder_of(model.backbone, self.filled and _packed(model.backbone))
         self.routes: list[WorkItem] = []
 
     @torch.inference_mode()
@@ -76,9 +88,16 @@ class Backbone:
 
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
-        tokens = TokenOrder(np.concatenate([part.experts for part in parts]))
+        count = sum(len(part.ids) for part in parts)
+        tokens = TokenOrder(np.concatenate([part.experts for part in parts]), self.pool.device)
 
-        def ffn(layer: int, x_ND: Tensor) -> Tensor:
+        def ffn(layer: int, x_PD: Tensor) -> Tensor:
+            if complete and tokens.only is not None and self.experts[layer].packed(tokens.only):
+                return self.experts[layer].run(tokens.only, x_PD)
+            y_ND = run(layer, x_PD[:count])
+            return y_ND if len(x_PD) == count else F.pad(y_ND, (0, 0, 0, len(x_PD) - count))
+
+        def run(layer: int, x_ND: Tensor) -> Tensor:
             x_ND = tokens.gather(x_ND)
             y_ND = torch.empty_like(x_ND)
             if complete:
@@ -100,15 +119,14 @@ class Backbone:
         step = RaggedAttention(self.pool, segments(parts))
         rows = np.cumsum([len(part.ids) for part in parts]) - 1
         wanted = [row for row, part in zip(rows.tolist(), parts, strict=True) if part.last]
+        ids_N = torch.tensor([token for part in parts for token in part.ids], device=self.pool.device)
         with attention.current.use(step):
-            out = self.model.backbone(
-                input_ids=torch.tensor([[token for part in parts for token in part.ids]]),
-                position_ids=step.pos_N[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(wanted or [0]),
-            )
-        logits: Tensor = out.logits[0, : len(wanted)]
-        return logits
+            logits_RV = self.decoder(ids_N, step.pos_N, torch.tensor(wanted or [0], device=self.pool.device))
+        return logits_RV[: len(wanted)]
+
+
+def _packed(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def segments(parts: Sequence[Part]) -> list[Segment]:

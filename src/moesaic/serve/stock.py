@@ -89,8 +89,8 @@ class ServedGate(nn.Module):
             return self._run(x_ND, self.top_k, *args)
         # Empty places have the index E and no weight, which the step skips.
         most = int(wanted_N.max())
-        index_NK = torch.full((len(x_ND), most), self.experts)
-        logits, weight_NK = x_ND.new_zeros(len(x_ND), self.experts), torch.zeros(len(x_ND), most)
+        index_NK = wanted_N.new_full((len(x_ND), most), self.experts)
+        logits, weight_NK = x_ND.new_zeros(len(x_ND), self.experts), x_ND.new_zeros(len(x_ND), most)
         for count in wanted_N.unique().tolist():
             rows = wanted_N == count
             logits[rows], weights, index_NK[rows, :count] = self._run(x_ND[rows], count, *args)

@@ -22,6 +22,8 @@ from moesaic.serve.store import ExpertReadError, ExpertStore
 class StockBackbone(Backbone):
     """A loaded mixture with its experts and its keys."""
 
+    filled = False  # the routers would choose experts for such rows too
+
     def __init__(self, model: ServedStock, experts: Sequence[StockExperts], store: ExpertStore, pool: KVPool) -> None:
         super().__init__(model, (), store, pool)
         self.stock, self.by_layer = model, experts
@@ -62,8 +64,8 @@ class StockStep:
         if all(part.experts_per_token is None for part in self.parts):
             return None
         most = self.backbone.stock.most or 0
-        counts = [part.experts_per_token or most for part in self.parts]
-        return torch.tensor(counts).repeat_interleave(torch.tensor([len(part.ids) for part in self.parts]))
+        counts = [part.experts_per_token or most for part in self.parts for _ in part.ids]
+        return torch.tensor(counts, device=self.backbone.pool.device)
 
     def experts(self, layer: int, hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
         """(N, D): the weighted sum of each token's experts."""
@@ -130,11 +132,12 @@ class Pairs:
     def __init__(self, index_NK: Tensor, weight_NK: Tensor) -> None:
         sorted_NK, order_NK = index_NK.sort(-1)
         self.each = index_NK.shape[1]
-        self.index_NK: NDArray[np.int64] = sorted_NK.numpy()
+        self.index_NK: NDArray[np.int64] = sorted_NK.cpu().numpy()
         self.weight_P = weight_NK.gather(-1, order_NK).flatten()
         self._counts = np.bincount(self.index_NK.reshape(-1))
         self._ends = np.cumsum(self._counts)
-        self._places = torch.from_numpy(np.argsort(self.index_NK.reshape(-1), kind="stable"))
+        places = torch.from_numpy(np.argsort(self.index_NK.reshape(-1), kind="stable"))
+        self._places = places.to(index_NK.device)
 
     def groups(self) -> list[tuple[int, int]]:
         """(expert, tokens) of every expert that is wanted."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class ExpertMemory:
         self._pieces = {key: [self._piece(part) for part in ranges] for key, ranges in parts.items()}
         self._pages = {key: self._pages_of(pieces) for key, pieces in self._pieces.items()}
         self._loaded: set[Key] = set()
+        self._held = 0  # pages
         self._handles: dict[Path, tuple[int, os.stat_result]] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -85,7 +86,19 @@ class ExpertMemory:
     @property
     def resident(self) -> int:
         """Bytes of pages that hold entries."""
-        return int((self._users > 0).sum()) * PAGE
+        return self._held * PAGE
+
+    def bytes(self, key: Key) -> int:
+        """Bytes of the pages that an entry needs; neighbours may share some."""
+        return len(self._pages[key]) * PAGE
+
+    def hold(self, key: Key) -> None:
+        """Count the entry as loaded: somebody else fills its rows."""
+        if key not in self._loaded:
+            self._loaded.add(key)
+            pages = self._pages[key]
+            self._users[pages] += 1
+            self._held += int((self._users[pages] == 1).sum())
 
     def load(self, *keys: Key) -> None:
         """Read the bytes of entries, neighbours in one go. Raises MoesaicError, naming the file, if some cannot be had.
@@ -94,8 +107,7 @@ class ExpertMemory:
         """
         new = [key for key in dict.fromkeys(keys) if key not in self._loaded]
         for key in new:
-            self._users[self._pages[key]] += 1
-        self._loaded.update(new)
+            self.hold(key)
         try:
             for piece in merged(piece for key in new for piece in self._pieces[key]):
                 self._read(piece)
@@ -112,6 +124,7 @@ class ExpertMemory:
         pages = self._pages[key]
         self._users[pages] -= 1
         empty = pages[self._users[pages] == 0]
+        self._held -= len(empty)
         for run in np.split(empty, np.flatnonzero(np.diff(empty) > 1) + 1) if len(empty) else ():
             self._arena.release(int(run[0]) * PAGE, (int(run[-1]) + 1) * PAGE)
 
@@ -201,6 +214,27 @@ def _count(shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
+class EntryMemory(Protocol):
+    """What an ExpertStore moves entries with: ExpertMemory, or one whose entries live elsewhere."""
+
+    @property
+    def resident(self) -> int:
+        """Bytes that hold entries, where they are computed with."""
+        ...
+
+    def load(self, *keys: Key) -> None:
+        """Bring entries; raises MoesaicError if some cannot be had."""
+        ...
+
+    def release(self, key: Key) -> None:
+        """Its bytes are no longer needed."""
+        ...
+
+    def close(self) -> None:
+        """Close the files."""
+        ...
+
+
 class ExpertStore:
     """A residency whose transfers are real. The engine's thread calls everything; one thread of the store's own reads.
 
@@ -210,7 +244,7 @@ class ExpertStore:
     bytes_s:   bytes a second of recent reads, None before the first.
     """
 
-    def __init__(self, memory: ExpertMemory, residency: Callable[[Callable[[Key], None]], Residency]) -> None:
+    def __init__(self, memory: EntryMemory, residency: Callable[[Callable[[Key], None]], Residency]) -> None:
         self.memory = memory
         self.stall_s = self.books_s = 0.0
         self.complete = False

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 HOLE = "\ufffd"  # what decoding puts where bytes are no character, or not yet
+WINDOW = 16  # tokens that are decoded at most, and as many more as wait for a character
 PATIENCE = 12  # tokens that may wait for a character to be completed; bytes that are none are sent as they are
 
 
 class Detokenizer:
     """The text of one request. stopped: the stop string that was completed; text before it has been sent.
 
-    Only a window of tokens is decoded: from the last place where the text was certain.
+    Only a window of tokens is decoded, once for each new one.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -19,6 +20,7 @@ class Detokenizer:
         self._ids: list[int] = []
         self._prefix = 0  # tokens before this are no longer decoded
         self._read = 0  # tokens before this are in the text
+        self._before = ""  # the text of those between
         self._held = ""  # decoded, but perhaps the beginning of a stop string
 
     def push(self, token: int) -> str:
@@ -39,12 +41,13 @@ class Detokenizer:
 
     def _decode(self, final: bool) -> str:
         """Text of the tokens that came since the last certain place; empty while a character is incomplete."""
-        before = self._text(self._prefix, self._read)
-        now = self._text(self._prefix, len(self._ids))
+        before, now = self._before, self._text(self._prefix, len(self._ids))
         incomplete = now.endswith(HOLE) and len(self._ids) - self._read < PATIENCE
         if (incomplete and not final) or len(now) <= len(before):
             return ""
-        self._prefix, self._read = self._read, len(self._ids)
+        last, self._read, self._before = self._read, len(self._ids), now
+        if self._read - self._prefix >= WINDOW:
+            self._prefix, self._before = last, self._text(last, self._read)
         return now[len(before) :]
 
     def _text(self, start: int, stop: int) -> str:

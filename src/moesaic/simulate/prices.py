@@ -29,6 +29,11 @@ class Prices:
         self._fetch: dict[int, float] = {}
         self._read: dict[int, float] = {}
 
+    @property
+    def complete(self) -> bool:
+        """Whether every entry is there."""
+        return self.residency.complete
+
     def fetch_s(self, key: Key) -> float:
         """Seconds on the link for an entry that is not there, 0 for one that is or is on its way."""
         if key in self.residency:

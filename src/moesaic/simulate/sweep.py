@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from moesaic.files import atomic_write_text, sha256_file
 from moesaic.progress import Progress, set_quiet
 from moesaic.schedule.trace import Trace
 from moesaic.simulate.assemble import assemble
+from moesaic.simulate.calibration import Calibration, PageCache, read_calibration
+from moesaic.simulate.calibration import simulator as calibrated
 from moesaic.simulate.report import dumps, report
 from moesaic.simulate.system import System, read_system
 
@@ -32,16 +35,34 @@ LOADS = ("load", "rate")
 Cell = dict[str, Any]
 
 
-def simulate(trace: Trace, system: System, seed: int = 0, *, bounds: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """Costs and sizes of a calibration file in place of the system's device and the trace's own model."""
+
+    path: Path
+    page_cache: PageCache = "keep"
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What the file holds. Raises MoesaicError if it is none."""
+        return read_calibration(self.path)
+
+
+def simulate(
+    trace: Trace, system: System, seed: int = 0, *, bounds: bool = True, measured: Measured | None = None
+) -> dict[str, Any]:
     """One run and its report."""
-    simulator = assemble(trace, system, seed)
+    if measured is None:
+        simulator = assemble(trace, system, seed)
+    else:
+        simulator = calibrated(trace, system, measured.calibration, seed, measured.page_cache)
     return report(simulator, simulator.run(system.name), system, seed, bounds=bounds)
 
 
-def saturation(trace: Trace, system: System, seed: int = 0) -> float:
+def saturation(trace: Trace, system: System, seed: int = 0, measured: Measured | None = None) -> float:
     """Requests per second that the system serves when all requests are there from the start."""
     at_once = replace(trace, arrival_s=np.zeros_like(trace.arrival_s))
-    result = simulate(at_once, system, seed, bounds=False)
+    result = simulate(at_once, system, seed, bounds=False, measured=measured)
     rate: float = result["throughput"]["requests_per_s"]
     return rate
 
@@ -67,6 +88,7 @@ class Sweep:
     source: str
     axes: Mapping[str, Sequence[Any]]
     bounds: bool = True
+    measured: Measured | None = None
 
     def cells(self) -> list[Cell]:
         """Every combination, the last axis fastest."""
@@ -86,6 +108,8 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int = 1) -> list[tuple[Cell, dict[s
     cells = sweep.cells()
     for cell in cells:
         sweep.system(cell)  # every misspelt key before the first run
+    if sweep.measured is not None:
+        sweep.measured.calibration.sized(trace)  # one that does not fit is found before the first run
     digest = sha256_file(sweep.trace)
     scale = _saturation(sweep, trace, out, digest) if "load" in sweep.axes else 0.0
     paths = [out / "runs" / f"{_name(sweep, cell, digest)}.json" for cell in cells]
@@ -136,7 +160,7 @@ def _run(sweep: Sweep, trace: Trace, cell: Cell, path: Path, scale: float) -> Mo
     if "rate" in cell:
         own = own.scaled(cell["rate"])
     try:
-        result = simulate(own, sweep.system(cell), cell.get("seed", 0), bounds=sweep.bounds)
+        result = simulate(own, sweep.system(cell), cell.get("seed", 0), bounds=sweep.bounds, measured=sweep.measured)
     except MoesaicError as error:
         return error
     atomic_write_text(path, dumps(result))
@@ -154,7 +178,7 @@ def arrival_rate(trace: Trace) -> float:
 def _saturation(sweep: Sweep, trace: Trace, out: Path, digest: str) -> float:
     path = out / "runs" / f"saturation-{_name(sweep, {}, digest)}.json"
     if not path.exists():
-        rate = saturation(trace, sweep.system({}))
+        rate = saturation(trace, sweep.system({}), measured=sweep.measured)
         atomic_write_text(path, dumps({"requests_per_s": rate}))
     return float(json.loads(path.read_text())["requests_per_s"])
 
@@ -164,7 +188,10 @@ def _name(sweep: Sweep, cell: Cell, digest: str) -> str:
     loads = {key: cell[key] for key in (*LOADS, "seed") if key in cell}
     if "load" in cell:
         loads["of"] = repr(sweep.system({}))
-    text = json.dumps([repr(sweep.system(cell)), loads, sweep.bounds, digest], sort_keys=True)
+    parts: list[Any] = [repr(sweep.system(cell)), loads, sweep.bounds, digest]
+    if sweep.measured is not None:
+        parts += [sha256_file(sweep.measured.path), sweep.measured.page_cache]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
