@@ -44,6 +44,12 @@ bench: $(VENV)/.test ## measure the printed numbers; TRACE=file.trace adds the p
 	$(BIN)/python benchmarks/quality.py --sweep rates --seeds 1 --out benchmarks/results/rates.json
 	$(BIN)/python benchmarks/speed.py --model wide --out benchmarks/results/speed-wide.json
 	$(BIN)/python benchmarks/ffn_paths.py --out benchmarks/results/ffn_paths.json
+	$(BIN)/python benchmarks/ffn_floor.py --out benchmarks/results/ffn_floor.json
+	$(BIN)/python benchmarks/whole_model.py --model wide $(if $(LLAMA),--llama $(LLAMA)) --out benchmarks/results/whole_model-wide.json
+	$(BIN)/python benchmarks/whole_model.py --model 1b --sides dense moe engine llama --cells prefill --rounds 3 $(if $(LLAMA),--llama $(LLAMA)) --out benchmarks/results/whole_model-1b-prefill.json
+	$(BIN)/python benchmarks/whole_model.py --model 1b --sides dense moe engine llama --cells decode --rounds 3 $(if $(LLAMA),--llama $(LLAMA)) --out benchmarks/results/whole_model-1b-decode.json
+	$(BIN)/python benchmarks/healing_step.py --out benchmarks/results/healing_step.json
+	$(BIN)/python benchmarks/start.py --out benchmarks/results/start.json
 	$(BIN)/python benchmarks/routing_overhead.py --out benchmarks/results/routing_overhead.json
 	$(BIN)/python benchmarks/pregate_distillation.py --out benchmarks/results/pregate_distillation.json
 	$(BIN)/python benchmarks/route_predictor.py --out benchmarks/results/route_predictor.json

@@ -151,6 +151,23 @@ def write_gguf(gguf: Any, model: Qwen3MoeForCausalLM, path: Path) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, "qwen3moe")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    write_config(writer, config)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+    for name, tensor in _split_experts(model):
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if tensor.ndim == 1 or name.endswith(".gate.weight"):
+            writer.add_tensor(target, tensor.float().numpy())
+        else:
+            raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(target, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    write_out(writer)
+
+
+def write_config(writer: Any, config: Any) -> None:
+    """What every decoder has; no vocabulary."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -161,19 +178,12 @@ def write_gguf(gguf: Any, model: Qwen3MoeForCausalLM, path: Path) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
-    for name, tensor in _split_experts(model):
-        target = names.get_name(name, try_suffixes=(".weight",))
-        if tensor.ndim == 1 or name.endswith(".gate.weight"):
-            writer.add_tensor(target, tensor.float().numpy())
-        else:
-            raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(target, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def write_out(writer: Any) -> None:
+    """Everything that was added, to the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -85,15 +85,15 @@ def distinct_by_layer(model: Qwen3MoeForCausalLM, texts: list[list[int]], first:
 class Apart:
     """A side in a process of its own: OpenMP's threads of one would slow down those of the others."""
 
-    def __init__(self, make: Callable[[], Side], threads: int) -> None:
+    def __init__(self, make: Callable[[], Callable[..., Any]], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_answer, args=(theirs, make, threads), daemon=True)
         self._process.start()
         theirs.close()
 
-    def __call__(self, prompts: list[list[int]], steps: int) -> Decode:
-        self._pipe.send((prompts, steps))
+    def __call__(self, *call: Any) -> Any:
+        self._pipe.send(call)
         try:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
@@ -108,7 +108,7 @@ class Apart:
         self._process.join()
 
 
-def _answer(pipe: Any, make: Callable[[], Side], threads: int) -> None:
+def _answer(pipe: Any, make: Callable[[], Callable[..., Any]], threads: int) -> None:
     torch.set_num_threads(threads)
     side = make()
     try:

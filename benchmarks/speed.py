@@ -67,7 +67,6 @@ def prompts(tokenizer: Any) -> Tensor:
 
 def random_pair(shape: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A random Llama and its refactoring. Every domain's channel scores are half common, half its own."""
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SHAPES[shape])
     torch.set_default_dtype(dtype)  # a large model never exists in float32 first
@@ -75,10 +74,15 @@ def random_pair(shape: str, seed: int, dtype: torch.dtype = torch.float32) -> tu
         dense = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    layers, width = config.num_hidden_layers, config.intermediate_size
+    masks = random_masks(config.num_hidden_layers, config.intermediate_size, seed)
+    return dense, attach(dense, masks, [f"domain{e}" for e in range(EXPERTS)])
+
+
+def random_masks(layers: int, width: int, seed: int) -> list[Tensor]:
+    """(EXPERTS, width) bool for every layer: which channels experts own."""
+    generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(EXPERTS + 1, width, generator=generator) for _ in range(layers)]
-    moe = attach(dense, [top_channels(x[:1] + x[1:], KEEP) for x in noise], [f"domain{e}" for e in range(EXPERTS)])
-    return dense, moe
+    return [top_channels(x[:1] + x[1:], KEEP) for x in noise]
 
 
 def saved_pair(folder: Path, dense: str | None) -> tuple[PreTrainedModel, PreTrainedModel]:
