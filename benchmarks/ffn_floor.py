@@ -122,7 +122,7 @@ class Layers:
                     layer.run(expert, torch.zeros(1, case.hidden, dtype=case.dtype))
 
     def sides(self, expert_N: Tensor, wanted: Sequence[str] | None = None) -> dict[str, Side]:
-        groups, order = TokenGroups(expert_N), TokenOrder(expert_N.numpy(), torch.device("cpu"))
+        groups, order = TokenGroups(expert_N), TokenOrder(expert_N.numpy(), len(expert_N), torch.device("cpu"))
         weights = torch.ones(len(expert_N), 1, dtype=self.case.dtype)
 
         def served(layer: int, x_ND: Tensor) -> Tensor:
