@@ -7,9 +7,10 @@ import torch
 
 from families import FAMILIES
 from moesaic.errors import MoesaicError
+from moesaic.serve.experts import WHOLE, BlockExperts
 from moesaic.serve.request import ExpertControl, Generation, QueueFullError, RequestError, Routed, Token
 from moesaic.serve.store import ExpertStore
-from serving import NAMES, alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
+from serving import NAMES, alone, ask, ask_all, engine, greedy, letters, prompts, reference, served_folder
 
 TOKENS = 12
 
@@ -258,3 +259,59 @@ def test_names_and_lists(folder):
         assert len(stats.resident) == 2
         assert all(len(row) == 3 for row in stats.resident)
         assert all(share == 1 for row in stats.resident for share in row)
+
+
+@pytest.fixture(scope="module")
+def half(folder, tmp_path_factory):
+    """The model in bfloat16."""
+    target = tmp_path_factory.mktemp("half") / "tiny"
+    reference(folder).to(torch.bfloat16).save_pretrained(target)
+    letters().save_pretrained(target)
+    return target
+
+
+def logprobs(own, asked):
+    heard = [ask(own, prompt, greedy(TOKENS, logprobs=2)) for prompt in asked]
+    return [[event.logprob for event in each.wait().events if isinstance(event, Token)] for each in heard]
+
+
+def test_few_tokens_of_several_experts_share_a_pass(half, monkeypatch):
+    """In bfloat16: log-probabilities are those of an expert at a time up to rounding, packed or not."""
+    asked = prompts(12, seed=3)
+    passes = []
+    together = BlockExperts.run_together
+
+    def counted(self, x_MD, expert_M):
+        passes.append(len(expert_M.unique()))
+        return together(self, x_MD, expert_M)
+
+    monkeypatch.setattr(BlockExperts, "run_together", counted)
+    with engine(half, dtype="bfloat16", batch_invariant=True, prefix_reuse=False) as own:
+        wanted = logprobs(own, asked)
+        assert not passes
+        alone_first = [logprobs(own, [prompt])[0] for prompt in asked]
+        assert alone_first == wanted, "batch-invariant means every bit"
+    for pack in (True, False):
+        passes.clear()
+        with engine(half, dtype="bfloat16", pack=pack, prefix_reuse=False) as own:
+            found = logprobs(own, asked)
+            held = own.runner.machine.packs
+            assert any(at[1] == WHOLE for at in held._copies) == pack
+            assert held.taken == sum(weight.bytes for copy in held._copies.values() for weight in copy)
+        assert passes and min(passes) > 1
+        first = [(a[0], b[0]) for a, b in zip(found, wanted, strict=True)]
+        assert all(abs(a - b) < 0.05 for a, b in first)
+
+
+def test_float32_never_shares_a_pass(folder, monkeypatch):
+    monkeypatch.setattr(BlockExperts, "run_together", lambda *args: pytest.fail("bits would depend on batch mates"))
+    with engine(folder) as own:
+        ask_all(own, prompts(8), greedy(4))
+
+
+def test_a_pass_over_all_channels_pays_where_experts_share(folder):
+    with engine(folder) as own:
+        experts = own.runner.machine.backbone.experts[0]
+    assert experts.together({0: 1, 1: 1, 2: 1}), "three halves are more than what all own together"
+    assert not experts.together({0: 1})
+    assert not experts.together({0: 200, 1: 200, 2: 200}), "arithmetic counts, and most of it would be wasted"

@@ -11,6 +11,9 @@ from moesaic.cli import options
 
 ModelFolder = Annotated[Path, typer.Argument(help="A checkpoint that moesaic refactor wrote.")]
 KEYS = "MOESAIC_API_KEYS"
+BatchInvariant = Annotated[
+    bool, typer.Option("--batch-invariant", help="In bfloat16 too no bit of a request depends on its batch mates.")
+]
 ApiKeys = Annotated[
     list[str] | None, typer.Option(help=f"Who may ask; repeatable, or {KEYS} with commas. None = everybody.")
 ]
@@ -39,6 +42,7 @@ def serve(
     batcher: Annotated[str, typer.Option(help="What runs together: adaptive, fcfs, decode-first, ...")] = "adaptive",
     policy: Annotated[str, typer.Option(help="Which experts leave: belady, lru, ...")] = "belady",
     lookahead: Annotated[int, typer.Option(help="Layers whose experts are fetched ahead; 0 = on demand.")] = 1,
+    batch_invariant: BatchInvariant = False,
     max_wait: Annotated[float, typer.Option(help="Longest a ready token is passed over, in seconds.")] = 1.0,
     page_cache: Annotated[str, typer.Option(help="keep, or drop to force reads from the disk.")] = "keep",
     api_key: ApiKeys = None,
@@ -59,8 +63,7 @@ def serve(
     from moesaic.serve.extra import needed
 
     needed("fastapi", "uvicorn", "prometheus_client")
-    if ray:
-        needed("ray", extra="ray")
+    needed(*(["ray"] if ray else []), extra="ray")
     from moesaic.serve.api.app import ApiOptions, create_app
     from moesaic.serve.api.server import ServerOptions, bound, log_json, open_to_others, serve
     from moesaic.serve.options import EngineOptions
@@ -79,6 +82,7 @@ def serve(
         batcher=batcher,
         policy=policy,
         lookahead=lookahead,
+        batch_invariant=batch_invariant,
         max_wait_s=max_wait,
         page_cache=page_cache,  # type: ignore[arg-type]
         threads=threads,

@@ -79,6 +79,11 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
         backbone = StockBackbone(model, experts.layers, store, pool)
     else:
         backbone = Backbone(model, experts.layers, store, pool)
+        backbone.unions = (
+            loaded.dtype == torch.bfloat16
+            and not options.batch_invariant
+            and all(isinstance(each, BlockExperts) and each.own for each in experts.layers)
+        )
     gate = Gate(model.pregate, len(model.expert_names), len(loaded.kv) - _gate_layers(model))
     prices = LivePrices(store.residency, store, pool.device)
     batcher = make(BATCHERS, "batcher", options.batcher, prices=prices, max_wait_s=options.max_wait_s)

@@ -7,7 +7,7 @@ Shapes: M tokens of one expert, D model width, W_e channels of an expert.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,8 @@ from moesaic.experts.packed import PackedWeight, steady
 from moesaic.schedule.work import Key
 
 Rows = Callable[[str, int], list[Tensor]]  # of gate, up, down or a bias, those of an expert, in one order for all
+WHOLE = -1  # in place of an expert: all of a layer's channels
+BALANCE = 16  # tokens
 HOT = 2  # uses: a copy takes seven products of few tokens, and saves a third of each and the gathering
 
 
@@ -45,12 +47,24 @@ class Packs:
 
     def offer(self, at: tuple[int, int], *matrices: Tensor) -> None:
         """The expert is used once more; packed if it is hot and fits beside the others without putting one out."""
+        if self.due(at, sum(matrix.numel() * matrix.element_size() for matrix in matrices)):
+            self.keep(at, *matrices)
+
+    def due(self, at: tuple[int, int], size: int) -> bool:
+        """It is used once more: whether a copy of `size` bytes is to be made. A layer's WHOLE puts out experts."""
         self._uses[at] = self._uses.get(at, 0) + 1
-        size = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
-        if self._uses[at] >= HOT and self.taken + size <= self.limit:
-            pack = matrices[0].dtype != torch.float32
-            self._copies[at] = tuple(PackedWeight(matrix, pack) for matrix in matrices)
-            self.taken += size
+        if self._uses[at] < HOT or size > self.limit:
+            return False
+        others = [place for place in self._copies if place[1] != WHOLE] if at[1] == WHOLE else []
+        while others and self.taken + size > self.limit:
+            self.drop([others.pop(0)])
+        return self.taken + size <= self.limit
+
+    def keep(self, at: tuple[int, int], *matrices: Tensor) -> None:
+        """Copy it."""
+        pack = matrices[0].dtype != torch.float32
+        self._copies[at] = tuple(PackedWeight(matrix, pack) for matrix in matrices)
+        self.taken += sum(matrix.bytes for matrix in self._copies[at])
 
     def drop(self, places: Iterable[tuple[int, int]]) -> None:
         """Entries of these experts have left the memory."""
@@ -74,7 +88,32 @@ class BlockExperts:
 
     def __init__(self, blocks: ChannelBlocks, layer: int, packs: Packs, rows: Rows | None = None) -> None:
         self.blocks, self.layer, self.packs = blocks, layer, packs
+        self.own = rows is None
         self._rows = self._own if rows is None else rows
+
+    def together(self, counts: Mapping[int, int]) -> bool:
+        """Whether one pass over all stored channels takes less than an expert at a time; counts: tokens of each.
+
+        A product takes as long as reading its weights, or from about BALANCE tokens on as its arithmetic.
+        """
+        layout = self.blocks.layout
+        alone = sum(layout.expert_width(expert) * max(1.0, count / BALANCE) for expert, count in counts.items())
+        return layout.width * max(1.0, sum(counts.values()) / BALANCE) < alone
+
+    def run_together(self, x_MD: Tensor, expert_M: Tensor) -> Tensor:
+        """(M, D) -> (M, D): all stored channels, each token's mask on them. Every entry of the layer is there."""
+        blocks, at = self.blocks, (self.layer, WHOLE)
+        if (packed := self.packs.get(at)) is not None:
+            biases: list[Tensor] = [bias for bias in (blocks.gate_bias, blocks.up_bias) if bias is not None]
+            hidden_MW = self.activate(packed[0](x_MD, torch.cat(biases) if biases else None))
+        else:
+            parts: list[Tensor] = [part for part in (blocks.gate, blocks.up, blocks.down) if part is not None]
+            if self.packs.due(at, sum(part.numel() * part.element_size() for part in parts)):
+                self.packs.keep(at, torch.cat(parts[:-1]), blocks.down.T)
+            hidden_MW = blocks.activate(x_MD, blocks.gate, blocks.up, blocks.gate_bias, blocks.up_bias)
+        hidden_MW *= blocks.mask(hidden_MW.dtype, hidden_MW.device)[expert_M]
+        y_MD = hidden_MW @ blocks.down if packed is None else packed[1](hidden_MW)
+        return y_MD if blocks.down_bias is None else y_MD.add_(blocks.down_bias)
 
     def packed(self, expert: int) -> bool:
         """Whether it fills up rows by itself, so that rows more than there are tokens cost nothing."""

@@ -99,7 +99,7 @@ class Needs:
     heads:     of each layer with keys, the pre-gate's after the backbone's, how many heads and the bytes of one token's
                key in one; values take the same.
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
-    packs:     what packed copies of all experts take; worth having, never needed.
+    packs:     what packed copies of all experts take, alone and together; worth having, never needed.
     loading:   everything while the backbone is loaded, where that is more than it takes later.
     """
 
@@ -297,6 +297,7 @@ def needs_of(
         kernels = _kernels(layout, parts, files, dtype, max_tokens)
         if dtype == "bfloat16":
             packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys)
+            packs += layout.total_bytes if config.get("layouts") else 0  # a layer's experts in one piece
     if bits is not None:
         loading, packs = BASE + dense + largest, 0
         # While an expert is made small it lies there as stored, in one piece, filled up, and small twice.

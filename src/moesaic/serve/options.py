@@ -24,6 +24,8 @@ class EngineOptions:
     lookahead:     layers whose entries are fetched ahead; 0 = on demand alone.
     max_wait_s:    the longest a ready portion is passed over (adaptive batcher).
     prefix_reuse:  keep keys and values of ended requests while memory allows, and reuse equal beginnings.
+    batch_invariant: in bfloat16 too no bit of a request depends on its batch mates; decoding of several experts at once
+                   is slower. In float32 that is so anyway.
     page_cache:    "keep" lets the system keep read files in memory it does not need; "drop" forces reads from the disk.
     device:        an accelerator, such as "cuda", that computes and has `memory` bytes; None = the CPU. "cpu" runs the
                    accelerator's path on the CPU.
@@ -45,6 +47,7 @@ class EngineOptions:
     lookahead: int = 1
     max_wait_s: float = 1.0
     prefix_reuse: bool = True
+    batch_invariant: bool = False
     pack: bool = True
     page_cache: Literal["keep", "drop"] = "keep"
     threads: int | None = None

@@ -75,14 +75,18 @@ class Backbone:
     """The loaded model with its experts and its keys; runs steps.
 
     routes: work items with calls in the first layer that has experts, where the step that ran has found them out.
+    unions: few tokens of several experts may share a pass over all channels of a layer, though it rounds otherwise than
+            an expert alone.
     """
 
+    unions = False
     filled = True  # a step may have rows more than its tokens: what stands in for experts leaves them out
 
     def __init__(
         self, model: Any, experts: Sequence[BlockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool
     ) -> None:
-        self.model, self.experts, self.store, self.pool = model, experts, store, pool
+        self.model, self.store, self.pool = model, store, pool
+        self.experts: Sequence[Any] = experts
         self.decoder = decoder_of(model.backbone, self.filled and _packed(model.backbone))
         self.routes: list[WorkItem] = []
 
@@ -104,7 +108,13 @@ class Backbone:
             y_ND = run(layer, x_PD[:count])
             return y_ND if len(x_PD) == count else F.pad(y_ND, (0, 0, 0, len(x_PD) - count))
 
+        counts = {expert: rows.stop - rows.start for expert, rows in tokens.slices.items()}
+        together = complete and self.unions and len(counts) > 1 and self.experts[0].together(counts)
+        expert_N = torch.from_numpy(experts_N.astype(np.int64)) if together else None
+
         def run(layer: int, x_ND: Tensor) -> Tensor:
+            if expert_N is not None:
+                return self.experts[layer].run_together(x_ND, expert_N)
             x_ND = tokens.gather(x_ND)
             y_ND = torch.empty_like(x_ND)
             if complete:
