@@ -1,7 +1,9 @@
 """Every test is offline, single-threaded and seeded; set before anything imports torch or transformers."""
 
+import contextlib
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ os.environ.update(
 )
 
 os.environ.pop("MOESAIC_PROGRESS", None)  # what a user's shell says is no test's business
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: Ctrl-C would reach no subprocess
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("moesaic", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("moesaic")
