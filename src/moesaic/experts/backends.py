@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # the union is faster than sorting. Small experts need more tokens before their products outweigh the kernel calls.
 GROUP_TOKENS, SMALL_GROUP_TOKENS = 48, 128
 # An expert up to this size is computed from a contiguous copy: one fused product instead of several small ones, about a
-# tenth faster. Larger ones are not worth the memory, unless measured.
+# tenth faster. Larger ones are not worth the memory unless measured, or in bfloat16, where several small products run at
+# half the rate of one (benchmarks/ffn_floor.py): there, without copies, sorting pays as late as for small experts.
 COPY_LIMIT = 8 * 2**20  # bytes
 
 CopyOf = tuple[int | None, bool]
@@ -110,10 +111,12 @@ def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     if blocks.layout.is_whole:
         return compute.masked
     used, small = groups.used, blocks.expert_bytes <= COPY_LIMIT
-    worth_sorting = len(groups.expert_N) >= (SMALL_GROUP_TOKENS if small else GROUP_TOKENS) * len(used)
-    if len(used) > 1 and not worth_sorting and not blocks.untied:
+    half = blocks.up.dtype != torch.float32
+    copied = (small or half) and BACKENDS["packed"].affordable(blocks, used)
+    least = SMALL_GROUP_TOKENS if small or (half and not copied) else GROUP_TOKENS
+    if len(used) > 1 and len(groups.expert_N) < least * len(used) and not blocks.untied:
         return compute.masked
-    return compute.packed if small and BACKENDS["packed"].affordable(blocks, used) else compute.grouped
+    return compute.packed if copied else compute.grouped
 
 
 def _measured(blocks: "ChannelBlocks", groups: TokenGroups) -> Path | None:
