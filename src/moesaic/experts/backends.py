@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # the union is faster than sorting. Small experts need more tokens before their products outweigh the kernel calls.
 GROUP_TOKENS, SMALL_GROUP_TOKENS = 48, 128
 # An expert up to this size is computed from a contiguous copy: one fused product instead of several small ones, about a
-# tenth faster. Larger ones are not worth the memory unless measured, or in bfloat16, where several small products run at
-# half the rate of one (benchmarks/ffn_floor.py): there, without copies, sorting pays as late as for small experts.
+# tenth faster. Larger ones are not worth the memory unless measured, or in bfloat16, where several small products run
+# at half the rate of one (benchmarks/ffn_floor.py): there, without copies, sorting pays as late as for small experts.
 COPY_LIMIT = 8 * 2**20  # bytes
 
 CopyOf = tuple[int | None, bool]
