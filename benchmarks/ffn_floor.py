@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 from rich.console import Console
 from rich.table import Table
 from serving_throughput import QUIET
@@ -32,12 +33,10 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from moesaic.errors import MoesaicError
 from moesaic.experts import compute
 from moesaic.experts.channel_blocks import ChannelBlocks, FFNWeights, layout_from_masks
 from moesaic.experts.compute import TokenGroups
 from moesaic.experts.packed import pack_linears
-from moesaic.files import atomic_write_json
 from moesaic.progress import Progress
 from moesaic.refactor.machine import Machine, measure_machine
 from moesaic.refactor.receipts import environment
@@ -332,18 +331,5 @@ def better(one: Machine, other: Machine, dtype: str) -> Machine:
     return replace(max(one, other, key=lambda each: each.read_gb_s), gemm_gflop_s={dtype: gemm})
 
 
-def main() -> None:
-    args, console = parse(), Console()
-    torch.set_num_threads(args.threads)
-    record = run(args, console)
-    for table in tables(record):
-        console.print(table)
-    if args.out:
-        atomic_write_json(args.out, record)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except MoesaicError as error:
-        sys.exit(f"error: {error}")
+    command(parse(), run, tables)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 from rich.console import Console
 from rich.table import Table
 from serving_sides import Apart
@@ -41,8 +42,6 @@ from transformers import AutoModelForCausalLM
 from whole_model_files import MODELS, dense_folder, llama_config, moe_folder
 
 import moesaic  # noqa: F401  (registers the Auto classes)
-from moesaic.errors import MoesaicError
-from moesaic.files import atomic_write_json
 from moesaic.progress import Progress
 from moesaic.refactor.heal import HealConfig, expert_step
 from moesaic.refactor.pregate import OverlapTeacher, router_step
@@ -351,18 +350,5 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args, console = parse(), Console()
-    torch.set_num_threads(args.threads)
-    record = run(args, console)
-    for table in tables(record):
-        console.print(table)
-    if args.out:
-        atomic_write_json(args.out, record)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except MoesaicError as error:
-        sys.exit(f"error: {error}")
+    command(parse(), run, tables)

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from command import command
 from rich.console import Console
 from rich.table import Table
 from serving_models import Size
@@ -43,8 +44,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Qwe
 from whole_model_files import LLAMA_TYPES, MODELS, dense_folder, llama_config, llama_file, moe_folder
 from whole_model_sides import LlamaBench, Served, Side, Timing, load_forward, served, stock_forward
 
-from moesaic.errors import MoesaicError
-from moesaic.files import atomic_write_json
 from moesaic.progress import Progress
 from moesaic.refactor.machine import Machine, big_array, measure_machine, read_bandwidth
 from moesaic.refactor.receipts import environment
@@ -369,18 +368,5 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args, console = parse(), Console()
-    torch.set_num_threads(args.threads)
-    record = run(args, console)
-    for table in tables(record):
-        console.print(table)
-    if args.out:
-        atomic_write_json(args.out, record)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except MoesaicError as error:
-        sys.exit(f"error: {error}")
+    command(parse(), run, tables)

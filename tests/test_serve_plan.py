@@ -18,7 +18,8 @@ from moesaic.cli import plan_commands
 from moesaic.errors import MoesaicError
 from moesaic.models.attach import attach
 from moesaic.routing.pregate import PreGateConfig
-from moesaic.serve.memory_plan import BASE, PAGE, AttentionShape, available_bytes, plan
+from moesaic.serve.machine_memory import available_bytes
+from moesaic.serve.memory_plan import BASE, PAGE, AttentionShape, plan
 
 D, W, V, LAYERS, HEADS, KV_HEADS = 64, 96, 100, 2, 4, 2
 EXPERT_ROWS = [[60, 48], [96, 32]]  # channels of the two experts, layer by layer

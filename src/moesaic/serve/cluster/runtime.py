@@ -18,7 +18,8 @@ from moesaic.errors import MoesaicError
 from moesaic.serve.cluster.affinity import PERIOD_S
 from moesaic.serve.cluster.replica import Replica
 from moesaic.serve.cluster.router import ExpertRouter
-from moesaic.serve.memory_plan import SHARE, available_bytes, plan
+from moesaic.serve.machine_memory import available_bytes
+from moesaic.serve.memory_plan import SHARE, plan
 from moesaic.serve.options import EngineOptions
 
 OBJECTS = 80 * 2**20  # bytes of Ray's object store: events are small and never lie there
