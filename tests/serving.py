@@ -20,6 +20,7 @@ from moesaic.serve.request import Event, Finished, Generation, Routed, Token
 
 NAMES = ["alpha", "beta", "gamma"]
 VOCAB = 96  # as the families have it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of experts that main memory only stands behind
 ROUTE_STD = 0.5  # far from initialisation, so that routes change from token to token
 
 

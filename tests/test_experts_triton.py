@@ -55,34 +55,41 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 SHARED = 99 * 1024  # bytes that one program may have on the smallest GPUs of compute capability 8 and up
 
 
-def signatures(blocks, kernel):
+def signatures(blocks, kernel, moved):
     """Types of a kernel's arguments in the order of its parameters, as in the launches of `triton_blocks`."""
     x = POINTERS[blocks.up.dtype]
     gate, bias = "constexpr" if blocks.gate is None else x, "constexpr" if blocks.up_bias is None else x
     ffn, tiles, owned = (gate, x, "constexpr" if gate == "constexpr" else bias, bias), ("*i32",) * 3, ("*i32",) * 2
+    rows = "*i32" if moved else "constexpr"
     return {
-        "decode_hidden": [x, ffn, "*u8", "*i64", x, "*i32", "i32", "i32"],
-        "decode_down": [x, x, "*i32", "*fp32", "i32", "i32"],
+        "decode_hidden": [x, ffn, rows, "*u8", "*i64", x, "*u8", "i32", "i32"],
+        "decode_down": [x, x, rows, "*u8", "*fp32", "i32", "i32"],
         "decode_sum": ["*fp32", x, "i32", "i32"],
-        "prefill_hidden": [x, ffn, "*i64", tiles, owned, x, "i32"],
-        "prefill_down": [x, x, "*i64", tiles, owned, x, "i32"],
+        "prefill_hidden": [x, ffn, rows, "*i64", tiles, owned, x, "i32"],
+        "prefill_down": [x, x, rows, "*i64", tiles, owned, x, "i32"],
     }[kernel]
 
 
-def compiled(blocks, kernel, capability):
+TILES = {
+    "decode_hidden": triton_blocks.DECODE_HIDDEN,
+    "decode_down": triton_blocks.DECODE_DOWN,
+    "prefill_hidden": triton_blocks.PREFILL_HIDDEN,
+    "prefill_down": triton_blocks.PREFILL_DOWN,
+}
+
+
+def compiled(blocks, kernel, capability, moved):
     """The kernel as triton compiles it for an NVIDIA GPU, with pointers as aligned as torch's are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = triton_kernels.kernels()[kernel]
-    types = signatures(blocks, kernel)
-    tiling = (
-        triton_blocks.decode_tiling(blocks, triton_blocks.DECODE_TOKENS)
-        if kernel.startswith("decode")
-        else triton_blocks.prefill_tiling(blocks)
-    )
-    constants = {function.arg_names[-1]: triton_blocks.SUM_BLOCK if kernel == "decode_sum" else tiling}
+    types = signatures(blocks, kernel, moved)
+    constants, options = {function.arg_names[-1]: triton_blocks.SUM_BLOCK}, {}
+    if (tiles := TILES.get(kernel)) is not None:
+        constants = {function.arg_names[-1]: triton_blocks.tiling(blocks, tiles, triton_blocks.DECODE_TOKENS)}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     aligned = {}
     for at, kind in enumerate(types):
         parts = [((at,), kind)] if isinstance(kind, str) else [((at, i), part) for i, part in enumerate(kind)]
@@ -90,17 +97,19 @@ def compiled(blocks, kernel, capability):
         aligned |= {path: [["tt.divisibility", 16]] for path, part in parts if part.startswith("*")}
     signature = dict(zip(function.arg_names, [*types, "constexpr"], strict=True))
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton only interprets in this process")
 @pytest.mark.parametrize("kernel", ["decode_hidden", "decode_down", "decode_sum", "prefill_hidden", "prefill_down"])
-@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.bfloat16, 90)], ids=str)
-def test_kernels_compile_for_a_gpu(kernel, dtype, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "capability", "moved"), [(torch.float32, 80, False), (torch.bfloat16, 90, True)], ids=str
+)
+def test_kernels_compile_for_a_gpu(kernel, dtype, capability, moved, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for gated, bias in ((True, False), (True, True), (False, False)) if kernel.endswith("hidden") else ((True, False),):
-        built = compiled(make(dtype, gated=gated, bias=bias), kernel, capability)
+        built = compiled(make(dtype, gated=gated, bias=bias), kernel, capability, moved)
         assert built.asm["cubin"]
         assert built.metadata.shared <= SHARED
         if kernel != "decode_sum" and dtype == torch.bfloat16:

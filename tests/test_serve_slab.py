@@ -1,6 +1,6 @@
 """The accelerator's tier: entries are the checkpoint's wherever they lie, in one tier at a time, within both budgets.
 
-What runs here runs on the CPU as its device: every line but the streams of a GPU.
+Without a GPU the CPU is the device: every line runs but those of streams and graphs.
 """
 
 import json
@@ -22,11 +22,10 @@ from moesaic.serve.options import EngineOptions
 from moesaic.serve.request import ExpertControl
 from moesaic.serve.slab import Slab, SlabMemory
 from moesaic.serve.store import ExpertMemory, ExpertStore
-from serving import alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
+from serving import DEVICE, alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
 from test_serve_stock import stock_folder, stock_reference
 
 TOKENS = 10
-CPU = torch.device("cpu")
 MIB = 2**20
 
 
@@ -43,7 +42,7 @@ def wanted(folder):
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 def slab_memory(folder, share: float = 1.0, room: int = MIB) -> tuple[SlabMemory, ExpertMemory]:
-    """Entries of a checkpoint on the CPU as its device, and a memory that holds all of them to compare with."""
+    """Entries of a checkpoint on the device, and a memory that holds all of them to compare with."""
     files = ModelFiles(folder)
     layout, parts = expert_entries(read_json(folder / "config.json"), files, 4)
     host, whole = (ExpertMemory(files, parts, torch.float32) for _ in "ab")
@@ -58,12 +57,12 @@ def slab_memory(folder, share: float = 1.0, room: int = MIB) -> tuple[SlabMemory
             found[part.tensor.rpartition(".")[2]] = host.tensor(part.tensor)[first:last]
         return found
 
-    return SlabMemory(host, channels, int(layout.total_bytes * share), room, CPU), whole
+    return SlabMemory(host, channels, int(layout.total_bytes * share), room, torch.device(DEVICE)), whole
 
 
 def content(memory: SlabMemory, key) -> dict[str, torch.Tensor]:
     """What the device holds of an entry."""
-    return {name: part[memory.index(key)] for name, part in memory.slab.parts.items()}
+    return {name: part[memory.index(key)].cpu() for name, part in memory.slab.parts.items()}
 
 
 def check(memory: SlabMemory, whole: ExpertMemory, there: set) -> None:
@@ -136,7 +135,7 @@ def test_entries_that_cannot_be_read_leave_no_trace(folder, tmp_path):
 
 
 def test_a_slab_gives_the_lowest_rows_and_no_more_than_it_has():
-    slab = Slab({"up": torch.ones(5, 4), "bias": torch.ones(5)}, capacity=100, device=CPU)
+    slab = Slab({"up": torch.ones(5, 4), "bias": torch.ones(5)}, capacity=100, device=torch.device(DEVICE))
     assert slab.row_bytes == 20 and slab.rows == 5
     assert slab.take(2) == [0, 1] and slab.take(3) == [2, 3, 4]
     slab.give([1, 3])
@@ -144,7 +143,7 @@ def test_a_slab_gives_the_lowest_rows_and_no_more_than_it_has():
         slab.take(3)
     assert sorted(slab.take(2)) == [1, 3]
     with pytest.raises(MoesaicError, match="no channel of 20 bytes"):
-        Slab({"up": torch.ones(5, 5)}, capacity=19, device=CPU)
+        Slab({"up": torch.ones(5, 5)}, capacity=19, device=torch.device(DEVICE))
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_tokens_are_those_of_generate(folder, wanted, setting):
-    with engine(folder, device="cpu", memory="1GiB", **SETTINGS[setting]) as own:
+    with engine(folder, device=DEVICE, memory="1GiB", **SETTINGS[setting]) as own:
         assert ask_all(own, wanted[0], greedy(TOKENS)) == wanted[1]
         memory, capacity = own.runner.machine.store.memory, own.stats().memory.experts_capacity
         assert isinstance(memory, SlabMemory)
@@ -176,14 +175,14 @@ def test_biases_norms_and_other_attention(tmp_path, family):
     folder = served_folder(tmp_path / family, family)
     asked = prompts(6)
     model = reference(folder)
-    with engine(folder, device="cpu", memory="1GiB", experts=0.6) as own:
+    with engine(folder, device=DEVICE, memory="1GiB", experts=0.6) as own:
         assert ask_all(own, asked, greedy(TOKENS)) == [alone(model, prompt, TOKENS) for prompt in asked]
 
 
 def test_untied_experts(tmp_path):
     folder = served_folder(tmp_path / "untied", untied=True)
     asked, model = prompts(6), reference(folder)
-    with engine(folder, device="cpu", memory="1GiB", experts=0.6) as own:
+    with engine(folder, device=DEVICE, memory="1GiB", experts=0.6) as own:
         assert ask_all(own, asked, greedy(TOKENS)) == [alone(model, prompt, TOKENS) for prompt in asked]
 
 
@@ -191,7 +190,7 @@ def test_untied_experts(tmp_path):
 def test_stock_mixtures(tmp_path, family):
     folder = stock_folder(tmp_path / family, family)
     asked, model = prompts(8), stock_reference(folder)
-    with engine(folder, device="cpu", memory="1GiB", experts=0.5) as own:
+    with engine(folder, device=DEVICE, memory="1GiB", experts=0.5) as own:
         assert ask_all(own, asked, greedy(TOKENS)) == [alone(model, prompt, TOKENS) for prompt in asked]
         assert own.stats().hit_ratio < 1
         few = [ask(own, prompt, greedy(TOKENS, experts_per_token=1)).wait().ids for prompt in asked[:3]]
@@ -203,7 +202,7 @@ def test_sampling_and_expert_control_are_the_hosts(folder):
     wishes = greedy(TOKENS, experts=ExpertControl(pin=1), logprobs=3), greedy(TOKENS, seed=4)
     asked = prompts(4)
     answers = []
-    for options in ({"device": "cpu"}, {}):
+    for options in ({"device": DEVICE}, {}):
         with engine(folder, memory="1GiB", **options) as own:
             answers.append([ask(own, prompt, wish).wait().ids for prompt in asked for wish in wishes])
     assert answers[0] == answers[1]
@@ -221,29 +220,29 @@ def test_a_dead_reader_is_replaced(folder, wanted, monkeypatch):
         move(self, batch)
 
     monkeypatch.setattr(ExpertStore, "_move", dying)
-    with engine(folder, device="cpu", memory="1GiB", experts=0.5) as own:
+    with engine(folder, device=DEVICE, memory="1GiB", experts=0.5) as own:
         assert ask_all(own, wanted[0], greedy(TOKENS)) == wanted[1]
     assert deaths
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
 def test_the_plan_counts_what_the_device_holds(folder):
-    here, there = plan(folder, memory="1GiB"), plan(folder, memory="1GiB", device="cpu", host_memory="1MiB")
-    assert there.device == "cpu" and there.host == MIB and here.device == "" and here.host == 0
+    here, there = plan(folder, memory="1GiB"), plan(folder, memory="1GiB", device=DEVICE, host_memory="1MiB")
+    assert there.device == DEVICE and there.host == MIB and here.device == "" and here.host == 0
     assert there.dense == here.dense and there.buffers < here.buffers, "the process is not on the device"
     assert there.kv == there.requests * there.kv_request
-    with engine(folder, device="cpu", memory="1GiB", host_memory="1MiB", context=64) as own:
+    with engine(folder, device=DEVICE, memory="1GiB", host_memory="1MiB", context=64) as own:
         pool = own.runner.pool
-        planned = plan(folder, memory="1GiB", device="cpu", context=64).kv
+        planned = plan(folder, memory="1GiB", device=DEVICE, context=64).kv
         assert 0 < pool._arena.size <= planned
 
 
 def test_fewer_requests_than_wanted_where_their_keys_do_not_fit(folder, wanted):
-    rich = plan(folder, memory="1GiB", device="cpu", context=64)
+    rich = plan(folder, memory="1GiB", device=DEVICE, context=64)
     some = rich.least_budget + rich.all_experts
-    planned = plan(folder, memory=some, device="cpu", context=64)
+    planned = plan(folder, memory=some, device=DEVICE, context=64)
     assert 1 <= planned.requests < 32
-    with engine(folder, device="cpu", memory=some, context=64) as own:
+    with engine(folder, device=DEVICE, memory=some, context=64) as own:
         assert own.options.max_requests == 32 and own.runner.options.max_requests == planned.requests
         assert ask_all(own, wanted[0], greedy(TOKENS)) == wanted[1]
 
@@ -261,13 +260,13 @@ def test_what_cannot_be_is_said(folder):
     with pytest.raises(MoesaicError, match="name one, such as"):
         EngineOptions(host_memory="1GiB")
     with pytest.raises(MoesaicError, match=r"host memory of 4\.0 KiB"):
-        Engine(folder, EngineOptions(memory="1GiB", device="cpu", host_memory=4096))
+        Engine(folder, EngineOptions(memory="1GiB", device=DEVICE, host_memory=4096))
 
 
 def test_the_command_shows_both_memories(folder):
-    options = ["plan", str(folder), "--memory", "1GiB", "--device", "cpu", "--host-memory", "2MiB"]
+    options = ["plan", str(folder), "--memory", "1GiB", "--device", DEVICE, "--host-memory", "2MiB"]
     shown = CliRunner().invoke(app, options)
     assert shown.exit_code == 0, shown.output
-    assert "cpu" in shown.output and "2.0 MiB" in shown.output
+    assert DEVICE in shown.output and "2.0 MiB" in shown.output
     found = json.loads(CliRunner().invoke(app, [*options, "--json"]).output)
-    assert found["device"] == "cpu" and found["host"] == 2 * MIB
+    assert found["device"] == DEVICE and found["host"] == 2 * MIB

@@ -98,6 +98,24 @@ def test_an_expert_of_several_token_tiles():
 
 
 @each_kernel
+@pytest.mark.parametrize("bias", [False, True])
+def test_channels_may_lie_anywhere(kernel, bias):
+    blocks = make(MASK, bias=bias)
+    x, groups = batch(40, 4)
+    width = blocks.layout.width
+    rows = torch.randperm(2 * width, device=DEVICE)[:width]
+
+    def moved(parameter):
+        there = torch.full((2 * width, *parameter.shape[1:]), float("nan"), device=DEVICE)
+        return there.index_copy_(0, rows, parameter.detach())
+
+    own = triton_blocks.stored(blocks)
+    parts = [None if part is None else moved(part) for part in own[:5]]
+    at = triton_blocks.Stored(*parts, rows=rows.to(torch.int32))
+    assert torch.equal(kernel(blocks, x, groups, at), kernel(blocks, x, groups))
+
+
+@each_kernel
 def test_channels_of_experts_without_tokens_are_not_read(kernel):
     mask = torch.zeros(2, 128, dtype=torch.bool)
     mask[0, :64], mask[1, 64:] = True, True
@@ -114,11 +132,12 @@ def test_decode_skips_tiles_that_no_token_needs():
     mask[0, :64], mask[1, 64:] = True, True
     blocks = make(mask)
     x, groups = batch(6, 1)
-    hidden, live = torch.full((6, 128), 7.0, device=DEVICE), torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
+    hidden, live = torch.full((6, 128), 7.0, device=DEVICE), torch.full((128,), 7, dtype=torch.uint8, device=DEVICE)
     ffn, owners = (blocks.gate, blocks.up, None, None), blocks.mask(torch.uint8, x.device)
-    kernel, tiling = triton_kernels.kernels()["decode_hidden"], triton_blocks.decode_tiling(blocks, 6)
-    kernel[(4,)](x, ffn, owners, groups.expert_N, hidden, live, 6, 128, TILING=tiling)
-    assert live.tolist() == [1, 1, 0, 0]
+    kernel, tiles = triton_kernels.kernels()["decode_hidden"], triton_blocks.DECODE_HIDDEN._replace(channels=32)
+    tiling = triton_blocks.tiling(blocks, tiles, 6)
+    kernel[(4,)](x, ffn, None, owners, groups.expert_N, hidden, live, 6, 128, TILING=tiling)
+    assert live.tolist() == [1] * 64 + [0] * 64
     assert (hidden[:, :64] != 7).all() and (hidden[:, 64:] == 7).all()
 
 

@@ -11,7 +11,7 @@ Shapes: N tokens, W stored channels, D model width, E experts.
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,52 @@ if TYPE_CHECKING:
     from moesaic.experts.compute import TokenGroups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Chosen by hand and not measured: tiles fit the shared memory of small GPUs (99 KiB) in every dtype.
 DECODE_TOKENS = 64  # most tokens of masked_decode: one tile of them, so that weights are read once
-PREFILL_ROWS = 64
-PROGRAMS = 256  # programs that keep a GPU busy; splitting the sum over channels makes up for a narrow D
 SUM_BLOCK = 1024
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's tiles and how it is launched."""
+
+    channels: int
+    step: int = 64  # bytes of a row that one product takes
+    columns: int = 64  # of the model's width
+    tokens: int = 0  # of a tile; 0: as few as hold the batch
+    warps: int = 4
+    stages: int = 3  # loads that are under way
+    programs: int = 0  # that keep a GPU busy: splitting the sum over channels makes up for a narrow model
+
+
+# Tiles fit the shared memory of small GPUs (99 KiB) in every dtype.
+DECODE_HIDDEN = Tiles(channels=32, step=128)
+DECODE_DOWN = Tiles(channels=32, columns=64, programs=256)
+PREFILL_HIDDEN = Tiles(tokens=64, channels=64, step=128)
+PREFILL_DOWN = Tiles(tokens=64, channels=64, columns=64)
+
+
+class Stored(NamedTuple):
+    """Where the channels of an FFN lie: matrices (R, D) and biases (R,), a row a channel.
+
+    rows: (W,) int32, the row of each stored channel; None = in order.
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def first(self) -> tuple[Tensor | None, ...]:
+        """What hidden activations are computed from."""
+        return self.gate, self.up, self.gate_bias, self.up_bias
+
+
+def stored(blocks: "ChannelBlocks") -> Stored:
+    """The blocks' own parameters."""
+    return Stored(blocks.gate, blocks.up, blocks.gate_bias, blocks.up_bias, blocks.down)
+
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -91,69 +132,82 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def masked_decode(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups") -> Tensor:
-    """One pass over the union of the tokens' experts, at most DECODE_TOKENS tokens.
+def masked_decode(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups", at: Stored | None = None) -> Tensor:
+    """One pass over the union of the tokens' experts, at most DECODE_TOKENS tokens. at: None = the blocks' own weights.
 
     Raises MoesaicError for what the kernels cannot compute, MissingExtraError without triton.
     """
-    launch, x_ND = kernels(), _checked(blocks, x_ND)
-    tokens, width, stored = len(x_ND), x_ND.shape[1], blocks.layout.width
+    at = at or stored(blocks)
+    launch, x_ND = kernels(), _checked(blocks, at, x_ND)
+    tokens, width, channels = len(x_ND), x_ND.shape[1], blocks.layout.width
     if tokens > DECODE_TOKENS:
         raise MoesaicError(f"{tokens} tokens for masked_decode: expected at most {DECODE_TOKENS}; use grouped_prefill")
     if not tokens:
         return blocks.finish(torch.empty_like(x_ND))
-    tiling = decode_tiling(blocks, tokens)
-    tiles, columns = -(-stored // tiling.channels), -(-width // tiling.columns)
-    splits = min(tiles, -(-PROGRAMS // columns))  # not of the number of tokens: the order of sums must not depend on it
-    hidden, y = x_ND.new_empty(tokens, stored), torch.empty_like(x_ND)
-    live = torch.empty(tiles, dtype=torch.int32, device=x_ND.device)
+    up, down = DECODE_HIDDEN, DECODE_DOWN
+    columns = _parts(width, down.columns)
+    # Not of the number of tokens: the order of sums must not depend on it.
+    splits = min(_parts(channels, down.channels), _parts(down.programs, columns))
+    hidden, y = x_ND.new_empty(tokens, channels), torch.empty_like(x_ND)
+    live = torch.empty(channels, dtype=torch.uint8, device=x_ND.device)
     sums = torch.empty(splits, tokens, width, dtype=torch.float32, device=x_ND.device)
     mask, expert_N = blocks.mask(torch.uint8, x_ND.device), groups.expert_N.contiguous()
     with torch.cuda.device_of(x_ND):
-        launch["decode_hidden"][(tiles,)](
-            x_ND, _ffn(blocks), mask, expert_N, hidden, live, tokens, stored, TILING=tiling
+        launch["decode_hidden"][(_parts(channels, up.channels),)](
+            x_ND, at.first, at.rows, mask, expert_N, hidden, live, tokens, channels, **_options(blocks, up, tokens)
         )
-        launch["decode_down"][(columns, splits)](hidden, blocks.down, live, sums, tokens, stored, TILING=tiling)
-        launch["decode_sum"][(-(-y.numel() // SUM_BLOCK),)](sums, y, splits, y.numel(), BLOCK=SUM_BLOCK)
+        launch["decode_down"][(columns, splits)](
+            hidden, at.down, at.rows, live, sums, tokens, channels, **_options(blocks, down, tokens)
+        )
+        launch["decode_sum"][(_parts(y.numel(), SUM_BLOCK),)](sums, y, splits, y.numel(), BLOCK=SUM_BLOCK)
     return blocks.finish(y)
 
 
 @torch.no_grad()
-def grouped_prefill(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups") -> Tensor:
-    """Tokens sorted by expert, each through its expert's own channels.
+def grouped_prefill(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups", at: Stored | None = None) -> Tensor:
+    """Tokens sorted by expert, each through its expert's own channels. at: None = the blocks' own weights.
 
     Raises MoesaicError for what the kernels cannot compute, MissingExtraError without triton.
     """
-    launch, x_ND = kernels(), _checked(blocks, x_ND)
+    at = at or stored(blocks)
+    launch, x_ND = kernels(), _checked(blocks, at, x_ND)
     if not len(x_ND):
         return blocks.finish(torch.empty_like(x_ND))
-    tiling = prefill_tiling(blocks)
-    tiles, owned = groups.tiles(tiling.tokens), owned_channels(blocks.layout, x_ND.device)
+    up, down = PREFILL_HIDDEN, PREFILL_DOWN
+    owned = owned_channels(blocks.layout, x_ND.device)
     widest = max(blocks.layout.expert_width(expert) for expert in groups.used)
     hidden, y = x_ND.new_empty(len(x_ND), widest), torch.empty_like(x_ND)
-    rows = len(tiles[0])
-    up_grid, down_grid = (rows, -(-widest // tiling.channels)), (rows, -(-x_ND.shape[1] // tiling.columns))
     with torch.cuda.device_of(x_ND):
-        launch["prefill_hidden"][up_grid](x_ND, _ffn(blocks), groups.order, tiles, owned, hidden, widest, TILING=tiling)
-        launch["prefill_down"][down_grid](hidden, blocks.down, groups.order, tiles, owned, y, widest, TILING=tiling)
+        tiles = groups.tiles(up.tokens)
+        launch["prefill_hidden"][(len(tiles[0]), _parts(widest, up.channels))](
+            x_ND, at.first, at.rows, groups.order, tiles, owned, hidden, widest, **_options(blocks, up)
+        )
+        tiles = groups.tiles(down.tokens)
+        launch["prefill_down"][(len(tiles[0]), _parts(x_ND.shape[1], down.columns))](
+            hidden, at.down, at.rows, groups.order, tiles, owned, y, widest, **_options(blocks, down)
+        )
     return blocks.finish(y)
 
 
-def decode_tiling(blocks: "ChannelBlocks", tokens: int) -> Tiling:
-    """What masked_decode is compiled for."""
-    rows = max(16, 1 << (tokens - 1).bit_length())
-    return _tiling(blocks, tokens=rows, channels=32, step=128 // blocks.up.element_size(), columns=64)
+def _parts(whole: int, part: int) -> int:
+    return -(-whole // part)
 
 
-def prefill_tiling(blocks: "ChannelBlocks") -> Tiling:
-    """What grouped_prefill is compiled for."""
-    size = 128 // blocks.up.element_size()
-    return _tiling(blocks, tokens=PREFILL_ROWS, channels=size, step=size, columns=64)
+def tiling(blocks: "ChannelBlocks", tiles: Tiles, tokens: int = 0) -> Tiling:
+    """What a kernel is compiled for."""
+    return Tiling(
+        width=blocks.up.shape[1],
+        tokens=tiles.tokens or max(16, 1 << (tokens - 1).bit_length()),
+        channels=tiles.channels,
+        step=max(16, tiles.step // blocks.up.element_size()),
+        columns=tiles.columns,
+        activation=str(activation_name(blocks.activation)),
+        widen=interpreted(),
+    )
 
 
-def _tiling(blocks: "ChannelBlocks", **sizes: int) -> Tiling:
-    name = activation_name(blocks.activation)
-    return Tiling(width=blocks.up.shape[1], activation=str(name), widen=interpreted(), **sizes)
+def _options(blocks: "ChannelBlocks", tiles: Tiles, tokens: int = 0) -> dict[str, Any]:
+    return {"TILING": tiling(blocks, tiles, tokens), "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
 @cache
@@ -173,17 +227,13 @@ def owned_channels(layout: BlockLayout, device: torch.device) -> tuple[Tensor, T
     return torch.cat(runs).to(device, torch.int32), begins.to(device, torch.int32)
 
 
-def _ffn(blocks: "ChannelBlocks") -> tuple[Any, ...]:
-    return blocks.gate, blocks.up, blocks.gate_bias, blocks.up_bias
-
-
-def _checked(blocks: "ChannelBlocks", x_ND: Tensor) -> Tensor:
+def _checked(blocks: "ChannelBlocks", at: Stored, x_ND: Tensor) -> Tensor:
     """The tokens, contiguous."""
     if (reason := refusal(blocks)) is not None:
         raise MoesaicError(f"the Triton kernels cannot compute this FFN: {reason}; compute.masked and grouped can")
-    if x_ND.dtype != blocks.up.dtype or x_ND.device != blocks.up.device:
+    if x_ND.dtype != at.up.dtype or x_ND.device != at.up.device:
         raise MoesaicError(
-            f"tokens are {x_ND.dtype} on {x_ND.device}, weights {blocks.up.dtype} on {blocks.up.device}: expected the "
+            f"tokens are {x_ND.dtype} on {x_ND.device}, weights {at.up.dtype} on {at.up.device}: expected the "
             "same; convert one with .to()"
         )
     if not x_ND.is_cuda and not interpreted():

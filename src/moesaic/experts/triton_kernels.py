@@ -82,6 +82,7 @@ def _hidden(x, ffn, token_N, real_N, channel_C, real_C, TILING: tl.constexpr):
     STEP: tl.constexpr = TILING.step
     CHANNELS: tl.constexpr = TILING.channels
     TOKENS: tl.constexpr = TILING.tokens
+    KIND: tl.constexpr = TILING.activation
     gate, up, gate_bias, up_bias = ffn
     gate_NC = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     up_NC = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
@@ -102,13 +103,15 @@ def _hidden(x, ffn, token_N, real_N, channel_C, real_C, TILING: tl.constexpr):
         up_NC += tl.load(up_bias + channel_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
     if gate_bias is not None:
         gate_NC += tl.load(gate_bias + channel_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
-    return _activated(up_NC, TILING.activation) if gate is None else _activated(gate_NC, TILING.activation) * up_NC
+    return _activated(up_NC, KIND) if gate is None else _activated(gate_NC, KIND) * up_NC
 
 
-def decode_hidden(x, ffn, mask, expert, hidden, live, N, W, TILING: tl.constexpr):
-    """Hidden activations (N, W) of all tokens, one program a tile of channels, read only if a token's expert owns some.
+def decode_hidden(x, ffn, rows, mask, expert, hidden, live, N, W, TILING: tl.constexpr):
+    """Hidden activations (N, W) of all tokens, one program a tile of channels; rows that no token's expert owns stay
+    unread.
 
-    mask: (E, W) uint8. live: (tiles,) int32, whether the tile was computed; else its activations are not written.
+    rows: (W,) where each channel lies in gate, up and down; None = in order. mask: (E, W) uint8.
+    live: (W,) uint8, whether a token's expert owns the channel; activations of a tile without any are not written.
     """
     CHANNELS: tl.constexpr = TILING.channels
     TOKENS: tl.constexpr = TILING.tokens
@@ -120,16 +123,17 @@ def decode_hidden(x, ffn, mask, expert, hidden, live, N, W, TILING: tl.constexpr
     expert_N = tl.load(expert + token, mask=real_N, other=0)
     here = real_N[:, None] & real_C[None, :]
     owned = tl.load(mask + expert_N[:, None] * W + channel[None, :], mask=here, other=0).to(tl.int32)
-    wanted = tl.max(tl.max(owned, axis=1), axis=0)
-    tl.store(live + tile, wanted)
-    if wanted > 0:
-        h_NC = _hidden(x, ffn, token, real_N, channel, real_C, TILING)
+    wanted_C = tl.max(owned, axis=0)
+    tl.store(live + channel, wanted_C.to(tl.uint8), mask=real_C)
+    if tl.max(wanted_C, axis=0) > 0:
+        row = channel if rows is None else tl.load(rows + channel, mask=real_C, other=0)
+        h_NC = _hidden(x, ffn, token, real_N, row, wanted_C > 0, TILING)
         h_NC = tl.where(owned > 0, h_NC, 0.0)
         tl.store(hidden + token[:, None] * W + channel[None, :], h_NC.to(hidden.dtype.element_ty), mask=here)
 
 
-def decode_down(hidden, down, live, partial, N, W, TILING: tl.constexpr):
-    """Partial sums (splits, N, D) float32: one program takes some columns of D and every live tile of its split."""
+def decode_down(hidden, down, rows, live, partial, N, W, TILING: tl.constexpr):
+    """Partial sums (splits, N, D) float32: one program takes some columns of D and every tile of its split."""
     WIDTH: tl.constexpr = TILING.width
     COLUMNS: tl.constexpr = TILING.columns
     CHANNELS: tl.constexpr = TILING.channels
@@ -143,14 +147,15 @@ def decode_down(hidden, down, live, partial, N, W, TILING: tl.constexpr):
     real_N = token < N
     sum_ND = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
-        if tl.load(live + tile) > 0:
-            channel = tile * CHANNELS + tl.arange(0, CHANNELS)
-            real_C = channel < W
-            h_at = hidden + token[:, None] * W + channel[None, :]
-            h_NC = tl.load(h_at, mask=real_N[:, None] & real_C[None, :], other=0.0)
-            d_at = down + channel.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            down_CD = tl.load(d_at, mask=real_C[:, None] & inside[None, :], other=0.0)
-            sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
+        # Masked, not skipped: a branch would keep the loads of the next tiles from being under way.
+        channel = tile * CHANNELS + tl.arange(0, CHANNELS)
+        live_C = tl.load(live + channel, mask=channel < W, other=0) > 0
+        row = channel if rows is None else tl.load(rows + channel, mask=live_C, other=0)
+        h_at = hidden + token[:, None] * W + channel[None, :]
+        h_NC = tl.load(h_at, mask=real_N[:, None] & live_C[None, :], other=0.0)
+        d_at = down + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        down_CD = tl.load(d_at, mask=live_C[:, None] & inside[None, :], other=0.0)
+        sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
     at = partial + (split * N + token)[:, None] * WIDTH + column[None, :]
     tl.store(at, sum_ND, mask=real_N[:, None] & inside[None, :])
 
@@ -165,11 +170,12 @@ def decode_sum(partial, y, splits, size, BLOCK: tl.constexpr):
     tl.store(y + at, total.to(y.dtype.element_ty), mask=real)
 
 
-def prefill_hidden(x, ffn, order, tiles, owned, hidden, widest, TILING: tl.constexpr):
+def prefill_hidden(x, ffn, rows, order, tiles, owned, hidden, widest, TILING: tl.constexpr):
     """Hidden activations (N, widest), rows sorted by expert, columns the expert's own channels in stored order.
 
     order: (N,) token of each row. tiles: three (T,): expert, first and last row (exclusive) of tokens of one expert.
     owned: the experts' channels one after another, and where each expert's begin, with one more for the end.
+    rows: (W,) where each channel lies in the matrices; None = in order.
     """
     CHANNELS: tl.constexpr = TILING.channels
     TOKENS: tl.constexpr = TILING.tokens
@@ -187,12 +193,14 @@ def prefill_hidden(x, ffn, order, tiles, owned, hidden, widest, TILING: tl.const
         place = first + tl.arange(0, CHANNELS)
         real_C = place < width
         channel = tl.load(channels + begin + place, mask=real_C, other=0)
+        if rows is not None:
+            channel = tl.load(rows + channel)
         h_NC = _hidden(x, ffn, token, real_N, channel, real_C, TILING).to(hidden.dtype.element_ty)
         at = hidden + row.to(tl.int64)[:, None] * widest + place[None, :]
         tl.store(at, h_NC, mask=real_N[:, None] & real_C[None, :])
 
 
-def prefill_down(hidden, down, order, tiles, owned, y, widest, TILING: tl.constexpr):
+def prefill_down(hidden, down, rows, order, tiles, owned, y, widest, TILING: tl.constexpr):
     """y (N, D) in token order, from `hidden` as prefill_hidden leaves it."""
     WIDTH: tl.constexpr = TILING.width
     COLUMNS: tl.constexpr = TILING.columns
@@ -213,9 +221,11 @@ def prefill_down(hidden, down, order, tiles, owned, y, widest, TILING: tl.conste
     for first in range(0, width, CHANNELS):
         place = first + tl.arange(0, CHANNELS)
         real_C = place < width
-        channel = tl.load(channels + begin + place, mask=real_C, other=0).to(tl.int64)
+        channel = tl.load(channels + begin + place, mask=real_C, other=0)
+        if rows is not None:
+            channel = tl.load(rows + channel)
         h_NC = tl.load(hidden + h_N + place[None, :], mask=real_N[:, None] & real_C[None, :], other=0.0)
-        d_at = down + channel[:, None] * WIDTH + column[None, :]
+        d_at = down + channel.to(tl.int64)[:, None] * WIDTH + column[None, :]
         down_CD = tl.load(d_at, mask=real_C[:, None] & inside[None, :], other=0.0)
         sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
     token = tl.load(order + row, mask=real_N, other=0).to(tl.int64)
