@@ -10,6 +10,10 @@ Sides:  dense   the random Llama, transformers' forward (sdpa, one forward a tok
         engine  the same checkpoint in the serving engine, every expert in memory; engine-int8, ... with --weights
         llama   llama-batched-bench on the same dense weights; llama-q8_0, ... with --llama-types
         stock   transformers' Qwen3MoE of as many experts of the same width (random weights of its own)
+        engine-dense              the dense model in the engine, as a refactoring with one expert that has all channels
+
+With --device cuda all but llama.cpp run there; no copies of experts are packed then, the engine's experts lie in its
+slab and its decode steps are CUDA graphs.
 
 Prompts mix all experts; of the requests of a decode batch, number i uses expert i mod E alone. Models and files are
 made on the first run and kept in `--work`. Each side runs in a process of its own; a cell is done by all before the
@@ -41,7 +45,7 @@ from serving_throughput import QUIET, spread
 from speed import EXPERTS, KEEP, commit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeForCausalLM
-from whole_model_files import LLAMA_TYPES, MODELS, dense_folder, llama_config, llama_file, moe_folder
+from whole_model_files import LLAMA_TYPES, MODELS, dense_folder, llama_config, llama_file, moe_folder, whole_folder
 from whole_model_sides import LlamaBench, Served, Side, Timing, load_forward, served, stock_forward
 
 from moesaic.progress import Progress
@@ -51,6 +55,7 @@ from moesaic.refactor.speed import Cell, Work, least_work
 
 SIDES = ("dense", "moe", "engine", "llama", "stock")
 PREPARED = ("moe-tuned", "dense-packed", "moe-packed")  # left out unless asked for
+WHOLE = "engine-dense"  # likewise
 WEIGHTS = {"stored": 16.0, "int8": 8.0, "int4": 4.0}  # bits, scales left out
 PEERS = {"int8": "llama-q8_0", "int4": "llama-q4_0", "q8_0": "llama-q8_0", "q4_0": "llama-q4_0"}  # of as many bits
 DENSE = {"moe-packed": "dense-packed"}  # prepared alike
@@ -102,12 +107,14 @@ def assemble(args: argparse.Namespace) -> tuple[dict[str, Side], list[str]]:
         begin, _, prepared = name.partition("-")
         if name in args.sides:
             folder = (dense_folder if begin == "dense" else moe_folder)(*where)
-            sides[name] = apart(partial(load_forward, folder, args.dtype, prepared))
+            sides[name] = apart(partial(load_forward, folder, args.dtype, prepared, args.device))
     for weights in args.weights if "engine" in args.sides else ():
         name = "engine" if weights == "stored" else f"engine-{weights}"
         sides[name] = apart(partial(served, moe_folder(*where), weights, **engine_options(args)))
+    if WHOLE in args.sides:
+        sides[WHOLE] = apart(partial(served, whole_folder(*where), "stored", **engine_options(args)))
     if "stock" in args.sides:
-        sides["stock"] = apart(partial(stock_forward, stock_size(args.model), args.dtype))
+        sides["stock"] = apart(partial(stock_forward, stock_size(args.model), args.dtype, args.device))
     if "llama" in args.sides and args.llama is None:
         missing.append("llama.cpp is left out: --llama does not say where it is")
     elif "llama" in args.sides:
@@ -125,6 +132,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         dtype=args.dtype,
         threads=args.threads,
         memory=args.memory,
+        device=None if args.device == "cpu" else args.device,
         chunk=args.chunk,
         max_tokens=max(args.chunk, 512),
         max_requests=max(cell.batch for cell in cells),
@@ -174,7 +182,7 @@ class Floors:
 
     def work(self, side: str, cell: Cell, ids: Tensor, timing: Timing) -> Work:
         """What one forward of `side` must do, at the middle of the cell."""
-        begin, _, kind = side.partition("-")
+        begin, _, kind = ("dense" if side == WHOLE else side).partition("-")
         model = self.models[{"engine": "moe", "llama": "dense"}.get(begin, begin)]
         first = cell.context if cell.kind == "decode" else 0
         new, context = ids[:, first : first + cell.length], cell.context + cell.forwards / 2 * (cell.kind == "decode")
@@ -199,9 +207,10 @@ class Floors:
         """The floor over the time, and what sets it."""
         size = int(work.weight_bytes + work.cache_bytes)
         rate = self.machine.read_gb_s
-        if size < big_array(torch.device("cpu")):  # some of it, or all, is in the caches from the forward before
+        device = torch.device(self.machine.device)
+        if size < big_array(device):  # some of it, or all, is in the caches from the forward before
             near = 1 << size.bit_length()
-            self._rates.setdefault(near, read_bandwidth(near))
+            self._rates.setdefault(near, read_bandwidth(near, device))
             rate = max(rate, self._rates[near])
         floor, limit = work.floor(rate, self.gemm)
         return floor / seconds, limit
@@ -302,7 +311,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="wide", help="shape of the random model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--sides", nargs="+", choices=(*SIDES, *PREPARED), default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=(*SIDES, *PREPARED, WHOLE), default=SIDES)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["stored"], help="of the engine's experts")
     parser.add_argument("--llama", type=Path, help="built llama.cpp checkout, or the path of llama-batched-bench")
     parser.add_argument("--llama-types", nargs="+", choices=LLAMA_TYPES, default=["bf16"])
@@ -313,6 +322,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps per cell and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prompt that the engine runs in one step")
+    parser.add_argument("--device", default="cpu", help="where the sides compute")
     parser.add_argument("--memory", help="the engine's budget, such as 10GiB")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("benchmark-work/whole-model"))
@@ -334,10 +344,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(line)
     try:
         dtype = getattr(torch, args.dtype)
-        before = measure_machine(dtype)
+        before = measure_machine(dtype, device=args.device)
         vocabulary = llama_config(args.model).vocab_size
         results = play(sides, cells, vocabulary, args.rounds)
-        after = measure_machine(dtype)
+        after = measure_machine(dtype, device=args.device)
     finally:
         for side in sides.values():
             if isinstance(side, Apart | Served):

@@ -33,7 +33,15 @@ TINY = dict(
     num_key_value_heads=2,
     vocab_size=512,
 )
-MODELS: dict[str, dict[str, Any]] = {**SHAPES, "1b": ONE_B, "tiny": TINY}
+SLICE_8B = dict(  # Llama-3-8B's layers, a quarter of them
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=8,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32_000,
+)
+MODELS: dict[str, dict[str, Any]] = {**SHAPES, "1b": ONE_B, "8b-slice": SLICE_8B, "tiny": TINY}
 POSITIONS = 4096
 LOUD = 100.0  # of the pre-gate's embedding: far above what its layer adds
 LLAMA_TYPES = ("bf16", "q8_0", "q4_0")
@@ -55,6 +63,12 @@ def moe_folder(work: Path, model: str, dtype: str, seed: int = 0) -> Path:
     return make(dense.with_name("moe"), lambda path: _write_moe(path, dense, seed))
 
 
+def whole_folder(work: Path, model: str, dtype: str, seed: int = 0) -> Path:
+    """The dense model as the engine takes it: one expert that has every channel."""
+    dense = dense_folder(work, model, dtype, seed)
+    return make(dense.with_name("whole"), lambda path: _write_moe(path, dense, seed, experts=1))
+
+
 def llama_file(gguf: Any, work: Path, model: str, dtype: str, kind: str) -> Path:
     """A GGUF file of the dense model, its matrices as `kind`, one of LLAMA_TYPES."""
     dense = dense_folder(work, model, dtype)
@@ -73,11 +87,13 @@ def _write_dense(folder: Path, model: str, dtype: str, seed: int) -> None:
     byte_tokenizer(dense.config.vocab_size).save_pretrained(folder)
 
 
-def _write_moe(folder: Path, dense: Path, seed: int) -> None:
+def _write_moe(folder: Path, dense: Path, seed: int, experts: int = EXPERTS) -> None:
     model = LlamaForCausalLM.from_pretrained(dense, dtype="auto").eval()
     config = model.config
     masks = random_masks(config.num_hidden_layers, config.intermediate_size, seed)
-    moe = attach(model, masks, [f"domain{e}" for e in range(EXPERTS)])
+    if experts == 1:
+        masks = [torch.ones_like(mask[:1]) for mask in masks]
+    moe = attach(model, masks, [f"domain{e}" for e in range(experts)])
     del model
     if moe.pregate is not None:
         route_by_token(moe.pregate)

@@ -54,11 +54,13 @@ class Forward:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
         self._keys: dict[Cell, tuple[Tensor, Any]] = {}
 
     @torch.inference_mode()
     def __call__(self, cell: Cell, ids: Tensor) -> Timing:
         cache = self._context(cell, ids)
+        ids = ids.to(self.device)
         begin, seconds, experts = 0 if cell.kind == "prefill" else cell.context, [], []
         gc.collect()
         gc.disable()
@@ -88,14 +90,14 @@ class Forward:
         return copy.deepcopy(kept[1])
 
 
-def load_forward(folder: Path, dtype: str, prepared: str = "") -> Forward:
+def load_forward(folder: Path, dtype: str, prepared: str = "", device: str = "cpu") -> Forward:
     """The dense or the refactored model as users load it.
 
     prepared: "tuned" for the fastest way to compute its experts as measured here, "packed" for that and linear layers
     in oneDNN's order, where this version can do that.
     """
     options = dict(dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).to(device)
     if prepared:
         try:
             tuning = importlib.import_module("moesaic.models.tuning")
@@ -110,7 +112,7 @@ def load_forward(folder: Path, dtype: str, prepared: str = "") -> Forward:
     return Forward(model)
 
 
-def stock_forward(size: Size, dtype: str) -> Forward:
+def stock_forward(size: Size, dtype: str, device: str = "cpu") -> Forward:
     """A random Qwen3MoE of that size, experts by transformers' own grouped product."""
     torch.manual_seed(0)
     config = size.moe_config()
@@ -122,7 +124,7 @@ def stock_forward(size: Size, dtype: str) -> Forward:
     finally:
         torch.set_default_dtype(before)
     model.set_experts_implementation("grouped_mm")
-    return Forward(model)
+    return Forward(model.to(device))
 
 
 class Served:

@@ -134,7 +134,7 @@ def test_decode_skips_tiles_that_no_token_needs():
     x, groups = batch(6, 1)
     hidden, live = torch.full((6, 128), 7.0, device=DEVICE), torch.full((128,), 7, dtype=torch.uint8, device=DEVICE)
     ffn, owners = (blocks.gate, blocks.up, None, None), blocks.mask(torch.uint8, x.device)
-    kernel, tiles = triton_kernels.kernels()["decode_hidden"], triton_blocks.DECODE_HIDDEN._replace(channels=32)
+    kernel, tiles = triton_kernels.kernels()["decode_hidden"], triton_blocks.SMALL.decode_hidden
     tiling = triton_blocks.tiling(blocks, tiles, 6)
     kernel[(4,)](x, ffn, None, owners, groups.expert_N, hidden, live, 6, 128, TILING=tiling)
     assert live.tolist() == [1] * 64 + [0] * 64

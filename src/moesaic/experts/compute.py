@@ -48,6 +48,14 @@ class TokenGroups:
         """(N,) token numbers sorted by expert."""
         return self.expert_N.argsort(stable=True)
 
+    def to(self, device: torch.device) -> "TokenGroups":
+        """The same on a device. What the host has to know is worked out here, so that nothing waits for the device."""
+        if device == self.expert_N.device:
+            return self
+        there = TokenGroups(self.expert_N.to(device))
+        there.__dict__ |= {"counts": self.counts, "used": self.used, "order": self.order.to(device)}
+        return there
+
     def tiles(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sorted tokens in tiles of up to `rows`, one expert each: expert, first and last row (exclusive), int32."""
         if rows not in self._tiles:

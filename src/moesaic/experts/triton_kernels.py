@@ -9,6 +9,7 @@ a row, so gathering an expert's channels costs no more than reading a contiguous
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,9 +33,10 @@ class Tiling(NamedTuple):
     widen: bool  # the interpreter multiplies no bfloat16
 
 
-@cache
-def kernels() -> dict[str, Any]:
-    """The kernels by name, to be launched as `kernels()[name][grid](...)`; they compile on their first launch.
+def compiler(names: dict[str, Any], helpers: Sequence[Any], kernels: Sequence[Any]) -> dict[str, Any]:
+    """Kernels by name, to be launched as `found[name][grid](...)`; they compile on their first launch.
+
+    names: globals of the module they are in, where they and their helpers look names up.
 
     Raises MissingExtraError if triton is not installed.
     """
@@ -43,12 +45,17 @@ def kernels() -> dict[str, Any]:
         import triton.language
     except ImportError as error:
         raise MissingExtraError("triton", "gpu") from error
-    here = globals()
-    here["tl"] = triton.language  # kernels look names up among the globals of their module
-    for helper in (_product, _activated, _hidden):
-        here[helper.__name__] = triton.jit(helper)
-    launched = (decode_hidden, decode_down, decode_sum, prefill_hidden, prefill_down)
-    return {kernel.__name__: triton.jit(kernel) for kernel in launched}
+    names["tl"] = triton.language
+    for helper in helpers:
+        names[helper.__name__] = triton.jit(helper)
+    return {kernel.__name__: triton.jit(kernel) for kernel in kernels}
+
+
+@cache
+def kernels() -> dict[str, Any]:
+    """The kernels of this module. Raises MissingExtraError if triton is not installed."""
+    helpers = _product, _activated, _hidden
+    return compiler(globals(), helpers, (decode_hidden, decode_down, decode_sum, prefill_hidden, prefill_down))
 
 
 def _product(a, b, total, TILING: tl.constexpr):
@@ -107,8 +114,7 @@ def _hidden(x, ffn, token_N, real_N, channel_C, real_C, TILING: tl.constexpr):
 
 
 def decode_hidden(x, ffn, rows, mask, expert, hidden, live, N, W, TILING: tl.constexpr):
-    """Hidden activations (N, W) of all tokens, one program a tile of channels; rows that no token's expert owns stay
-    unread.
+    """Hidden activations (N, W) of all tokens, one program a tile of channels, of which only those in use are read.
 
     rows: (W,) where each channel lies in gate, up and down; None = in order. mask: (E, W) uint8.
     live: (W,) uint8, whether a token's expert owns the channel; activations of a tile without any are not written.
@@ -133,20 +139,21 @@ def decode_hidden(x, ffn, rows, mask, expert, hidden, live, N, W, TILING: tl.con
 
 
 def decode_down(hidden, down, rows, live, partial, N, W, TILING: tl.constexpr):
-    """Partial sums (splits, N, D) float32: one program takes some columns of D and every tile of its split."""
+    """Partial sums (splits, N, D) float32: one program takes some columns of D and every `splits`-th tile of channels.
+
+    So each has its share of those in use, which lie side by side.
+    """
     WIDTH: tl.constexpr = TILING.width
     COLUMNS: tl.constexpr = TILING.columns
     CHANNELS: tl.constexpr = TILING.channels
     TOKENS: tl.constexpr = TILING.tokens
     split = tl.program_id(1)
-    tiles = tl.cdiv(W, CHANNELS)
-    share = tl.cdiv(tiles, tl.num_programs(1))
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < WIDTH
     token = tl.arange(0, TOKENS)
     real_N = token < N
     sum_ND = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
-    for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
+    for tile in range(split, tl.cdiv(W, CHANNELS), tl.num_programs(1)):
         # Masked, not skipped: a branch would keep the loads of the next tiles from being under way.
         channel = tile * CHANNELS + tl.arange(0, CHANNELS)
         live_C = tl.load(live + channel, mask=channel < W, other=0) > 0

@@ -104,6 +104,7 @@ class PreGate(nn.Module):
         self.head = nn.Linear(config.width, config.experts, bias=False)
         self.policy = TopK(1)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # rotary tables, rebuilt when needed
+        self._reached: set[torch.device] = set()  # where a table is large enough for good
 
     def _rotary(self, pos_BS: Tensor) -> tuple[Tensor, Tensor]:
         """For each position cos, and sin with the sign it has in each half, (B, S, 1, 1, 1 or 2, R/H/2) float32.
@@ -114,15 +115,23 @@ class PreGate(nn.Module):
         if table is not None and pos_BS.device.type == "cpu":
             with contextlib.suppress(IndexError):  # a look that fails costs less than looking for the largest
                 return table[0][pos_BS], table[1][pos_BS]
-        needed = int(pos_BS.max()) + 1
-        if table is None or len(table[0]) < needed:
-            half = self.config.width // self.config.heads // 2
-            frequency = self.config.rope_theta ** (-torch.arange(half, device=pos_BS.device) / half)
-            rows = torch.arange(max(512, 2 * needed), device=pos_BS.device)
-            angle = (rows[:, None] * frequency)[:, None, None, None, :]
-            sine = torch.cat((-angle.sin(), angle.sin()), dim=-2)
-            table = self._tables[pos_BS.device] = (angle.cos(), sine)
-        return table[0][pos_BS], table[1][pos_BS]
+        if pos_BS.device not in self._reached:
+            needed = int(pos_BS.max()) + 1
+            if table is None or len(table[0]) < needed:
+                self._tabulate(2 * needed, pos_BS.device)
+        cosine, sine = self._tables[pos_BS.device]
+        return cosine[pos_BS], sine[pos_BS]
+
+    def _tabulate(self, rows: int, device: torch.device) -> None:
+        half = self.config.width // self.config.heads // 2
+        frequency = self.config.rope_theta ** (-torch.arange(half, device=device) / half)
+        angle = (torch.arange(max(512, rows), device=device)[:, None] * frequency)[:, None, None, None, :]
+        self._tables[device] = (angle.cos(), torch.cat((-angle.sin(), angle.sin()), dim=-2))
+
+    def reach(self, positions: int, device: torch.device) -> None:
+        """No position on this device will be `positions` or more: nothing waits for it to tell the largest."""
+        self._tabulate(positions, device)
+        self._reached.add(device)
 
     def forward(
         self,

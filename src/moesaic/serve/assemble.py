@@ -19,6 +19,7 @@ from moesaic.serve.counters import Counters
 from moesaic.serve.experts import BlockExperts, Packs, experts_of
 from moesaic.serve.gate import Gate
 from moesaic.serve.intake import Intake
+from moesaic.serve.kernel_experts import KernelExperts, usable
 from moesaic.serve.kv import KVPool
 from moesaic.serve.loading import Loaded, ServedMoesaic, fill_blocks, load, served_device, served_dtype
 from moesaic.serve.lowbit_memory import QuantizedExperts, QuantizedMemory, entry_memory
@@ -79,12 +80,12 @@ def assemble(folder: Path, options: EngineOptions, counters: Counters) -> tuple[
         backbone = StockBackbone(model, experts.layers, store, pool)
     else:
         backbone = Backbone(model, experts.layers, store, pool)
-        backbone.unions = (
+        backbone.unions |= (
             loaded.dtype == torch.bfloat16
             and not options.batch_invariant
             and all(isinstance(each, BlockExperts) and each.own for each in experts.layers)
         )
-    gate = Gate(model.pregate, len(model.expert_names), len(loaded.kv) - _gate_layers(model))
+    gate = Gate(model.pregate, len(model.expert_names), len(loaded.kv) - _gate_layers(model), pool)
     prices = LivePrices(store.residency, store, pool.device)
     batcher = make(BATCHERS, "batcher", options.batcher, prices=prices, max_wait_s=options.max_wait_s)
     machine = Machine(backbone, gate, store, memory, packs)
@@ -151,10 +152,13 @@ def _slab_experts(
         for layer, own in enumerate(model.experts):
             layers.append(StockExperts(own, slab.matrices(layer, len(matrices[layer])), packs))
     else:
-        for layer, blocks in enumerate(model.blocks):
+        for blocks in model.blocks:
             if blocks.down_bias is not None:
                 blocks.down_bias = torch.nn.Parameter(blocks.down_bias.to(device), requires_grad=False)
-            layers.append(BlockExperts(blocks, layer, packs, slab.rows(layer)))
+        if all(usable(blocks, device) for blocks in model.blocks):
+            layers += [KernelExperts(*each) for each in zip(model.blocks, slab.stored(model.blocks), strict=True)]
+        else:
+            layers += [BlockExperts(own, layer, packs, slab.rows(layer)) for layer, own in enumerate(model.blocks)]
 
     def left(key: Key) -> None:
         slab.drop(places(key))

@@ -18,7 +18,9 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from moesaic.errors import MoesaicError
+from moesaic.experts import triton_blocks
 from moesaic.models.routes import Current
+from moesaic.serve import triton_attention
 from moesaic.serve.kv import KVPool
 
 NAME = "moesaic_ragged"
@@ -82,13 +84,36 @@ def _runs(segments: Sequence[Segment], stride: int, device: torch.device) -> lis
     return runs + ([_Run(begun, length, device)] if begun else [])
 
 
+class TokenAttention:
+    """The attention of a step of single tokens on a device, which alone knows their slots and positions, (B,) each."""
+
+    def __init__(self, pool: KVPool, slot_B: Tensor, pos_B: Tensor) -> None:
+        self.pool, self.slot_B, self.pos_B = pool, slot_B, pos_B
+        self._places: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, query_BHD: Tensor, key_BGD: Tensor, value_BGD: Tensor, scores: Scores) -> Tensor:
+        """Store the tokens' keys and values in `layer`, then attend; (B, H, D)."""
+        heads = key_BGD.shape[1]
+        if heads not in self._places:
+            self._places[heads] = self.pool.places(heads, self.slot_B, self.pos_B)
+        self.pool.write(layer, self._places[heads], key_BGD, value_BGD)
+        query_BHD = query_BHD.contiguous()
+        return triton_attention.attend(query_BHD, *self.pool.matrices(layer), self.slot_B, self.pos_B, scores)
+
+
 class RaggedAttention:
     """The attention of one step: where its tokens go, and whom each may see."""
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         self.pool = pool
         self._prompts = [segment for segment in segments if segment.tokens > 1]
-        self._runs = _runs([segment for segment in segments if segment.tokens == 1], pool.stride, pool.device)
+        singles = [segment for segment in segments if segment.tokens == 1]
+        self._tokens: tuple[Tensor, Tensor, Tensor] | None = None  # of singles: rows, slots, positions
+        if singles and triton_blocks.runs_on(pool.device):
+            of_singles = [[segment.start, segment.slot, segment.past] for segment in singles]
+            rows, slots, past = torch.tensor(of_singles).T.contiguous().to(pool.device)
+            self._tokens, singles = (rows, slots, past), []
+        self._runs = _runs(singles, pool.stride, pool.device)
         positions = [position for s in segments for position in range(s.past, s.past + s.tokens)]
         slots = [s.slot for s in segments for _ in range(s.tokens)]
         self.pos_N, self._slot_N = torch.tensor(positions, device=pool.device), torch.tensor(slots, device=pool.device)
@@ -110,6 +135,10 @@ class RaggedAttention:
             keys, values = self.pool.read(layer, segment.slot, segment.past + segment.tokens)
             rows = slice(segment.start, segment.start + segment.tokens)
             out_NHD[rows] = _many(query_NHD[rows], keys, values, segment.past, scores)
+        if self._tokens is not None:
+            rows_B, slot_B, pos_B = self._tokens
+            matrices = self.pool.matrices(layer)
+            out_NHD[rows_B] = triton_attention.attend(query_NHD[rows_B], *matrices, slot_B, pos_B, scores)
         for run in self._runs:
             if scores.cap is not None or (scores.window is not None and scores.window < run.length):
                 for slot, start, _, past in run.segments:
@@ -181,7 +210,7 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
     return weights.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
 
 
-current: Current[RaggedAttention] = Current()
+current: Current[RaggedAttention | TokenAttention] = Current()
 """The step that runs; transformers' interface has no argument for it."""
 
 KNOWN = frozenset(

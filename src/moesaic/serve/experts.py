@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moesaic.experts.channel_blocks import ChannelBlocks
+from moesaic.experts.channel_blocks import ChannelBlocks, TokenGroups
 from moesaic.experts.packed import PackedWeight, steady
 from moesaic.schedule.work import Key
 
@@ -92,15 +92,17 @@ class BlockExperts:
         self._rows = self._own if rows is None else rows
 
     def together(self, counts: Mapping[int, int]) -> bool:
-        """Whether one pass over all stored channels takes less than an expert at a time; counts: tokens of each.
+        """Whether one pass over all stored channels takes less than one expert after another; counts: tokens of each.
 
         A product takes as long as reading its weights, or from about BALANCE tokens on as its arithmetic.
         """
+        if len(counts) == 1:
+            return False
         layout = self.blocks.layout
         alone = sum(layout.expert_width(expert) * max(1.0, count / BALANCE) for expert, count in counts.items())
         return layout.width * max(1.0, sum(counts.values()) / BALANCE) < alone
 
-    def run_together(self, x_MD: Tensor, expert_M: Tensor) -> Tensor:
+    def run_together(self, x_MD: Tensor, groups: TokenGroups) -> Tensor:
         """(M, D) -> (M, D): all stored channels, each token's mask on them. Every entry of the layer is there."""
         blocks, at = self.blocks, (self.layer, WHOLE)
         if (packed := self.packs.get(at)) is not None:
@@ -111,7 +113,7 @@ class BlockExperts:
             if self.packs.due(at, sum(part.numel() * part.element_size() for part in parts)):
                 self.packs.keep(at, torch.cat(parts[:-1]), blocks.down.T)
             hidden_MW = blocks.activate(x_MD, blocks.gate, blocks.up, blocks.gate_bias, blocks.up_bias)
-        hidden_MW *= blocks.mask(hidden_MW.dtype, hidden_MW.device)[expert_M]
+        hidden_MW *= blocks.mask(hidden_MW.dtype, hidden_MW.device)[groups.expert_N]
         y_MD = hidden_MW @ blocks.down if packed is None else packed[1](hidden_MW)
         return y_MD if blocks.down_bias is None else y_MD.add_(blocks.down_bias)
 

@@ -13,20 +13,31 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.experts import triton_blocks
 from moesaic.experts.buckets import bucket
 from moesaic.experts.packed import PackedLinear
-from moesaic.routing.pregate import PreGate
-from moesaic.serve.attention import RaggedAttention, Scores
+from moesaic.routing.pregate import Attend, PreGate
+from moesaic.serve.attention import RaggedAttention, Scores, Segment, TokenAttention
+from moesaic.serve.graphs import StepGraphs
+from moesaic.serve.kv import KVPool
 from moesaic.serve.request import ExpertControl, RequestError
 
 Experts = NDArray[np.int16]
 
 
 class Gate:
-    """The pre-gate of a served model, None where there is a single expert. `first`: its first layer in the pool."""
+    """The pre-gate of a served model, None where there is a single expert.
 
-    def __init__(self, pregate: PreGate | None, experts: int, first: int) -> None:
-        self.pregate, self.experts, self.first = pregate, experts, first
+    pool: where its keys are, from layer `first` on; None where it only routes prompts.
+    """
+
+    def __init__(self, pregate: PreGate | None, experts: int, first: int, pool: KVPool | None = None) -> None:
+        self.pregate, self.experts, self.first, self.pool = pregate, experts, first, pool
+        self.graphs: StepGraphs | None = None
+        if pregate is not None and pool is not None and triton_blocks.runs_on(pool.device):
+            pregate.reach(pool.stride, pool.device)
+            self.graphs = StepGraphs(self._tokens, pool.device)
+            self.graphs.warm((0, 0, 0))
         self.device = torch.device("cpu") if pregate is None else pregate.head.weight.device
         self.filled = pregate is not None and any(isinstance(part, PackedLinear) for part in pregate.modules())
 
@@ -65,22 +76,44 @@ class Gate:
         """The experts of a step's tokens, (N,), whose keys go to their slots; one bias per token, or none at all."""
         if self.pregate is None:
             return np.zeros(len(ids), np.int16)
+        # rows are filled up once here, and not for every packed product
+        more = bucket(len(ids)) - len(ids) if self.filled else 0
+        pos_1N = F.pad(step.pos_N[None], (0, more)) if more else step.pos_N[None]
+        ids_1N = torch.tensor([[*ids, *[0] * more]], device=self.device)
+        logits = self.pregate.run(ids_1N, pos_1N, self._attend(step))[0]
+        return _biased(logits[: len(ids)].cpu(), bias)
 
+    @torch.inference_mode()
+    def sampled(self, ids: Sequence[int], rows: Sequence[Segment], bias: Sequence[Tensor | None] = ()) -> Experts:
+        """As `extend`, of newly sampled tokens: a step of one token for each of `rows`."""
+        if self.pool is None or self.pregate is None:
+            return np.zeros(len(ids), np.int16)
+        if self.graphs is None or not self.graphs.suits(len(ids)):
+            return self.extend(ids, RaggedAttention(self.pool, rows), bias)
+        logits = self.graphs((ids, [row.slot for row in rows], [row.past for row in rows]))
+        return _biased(logits.cpu(), bias)
+
+    def _tokens(self, integers_3B: Tensor) -> Tensor:
+        """Logits (B, E) of single tokens: their ids, slots and positions; nothing waits for the device."""
+        ids_B, slot_B, pos_B = integers_3B
+        assert self.pregate is not None and self.pool is not None
+        return self.pregate.run(ids_B[None], pos_B[None], self._attend(TokenAttention(self.pool, slot_B, pos_B)))[0]
+
+    def _attend(self, step: RaggedAttention | TokenAttention) -> Attend:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             rows = [x[0].transpose(0, 1) for x in (query, key, value)]
             scores = Scores(query.shape[-1] ** -0.5)
             out_NHD = step.attend(self.first + layer, rows[0].contiguous(), rows[1], rows[2], scores)
             return out_NHD.transpose(0, 1)[None]
 
-        # rows are filled up once here, and not for every packed product
-        more = bucket(len(ids)) - len(ids) if self.filled else 0
-        pos_1N = F.pad(step.pos_N[None], (0, more)) if more else step.pos_N[None]
-        logits = self.pregate.run(torch.tensor([[*ids, *[0] * more]], device=self.device), pos_1N, attend)[0]
-        logits = logits[: len(ids)].cpu()
-        for row, extra in enumerate(bias):
-            if extra is not None:
-                logits[row] += extra
-        return choose(logits)
+        return attend
+
+
+def _biased(logits_NE: Tensor, bias: Sequence[Tensor | None]) -> Experts:
+    for row, extra in enumerate(bias):
+        if extra is not None:
+            logits_NE[row] += extra
+    return choose(logits_NE)
 
 
 def choose(logits_NE: Tensor) -> Experts:

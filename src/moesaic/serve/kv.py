@@ -95,6 +95,11 @@ class KVPool:
             width = matrix.shape[-1]
             matrix.view(-1, width).index_copy_(0, places, rows.reshape(-1, width))
 
+    def matrices(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, (S, H, stride, D)."""
+        keys, values = self._matrices[2 * layer : 2 * layer + 2]
+        return keys, values
+
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the slot's first `length` tokens, (H, length, D) views."""
         keys, values = self._matrices[2 * layer : 2 * layer + 2]

@@ -62,7 +62,7 @@ class ServedMoesaic(MoesaicForCausalLM):
             if isinstance(module, RoutedFFN):
                 parent, _, child = name.rpartition(".")
                 setattr(self.backbone.get_submodule(parent), child, ServedFFN(len(self.names), self.step))
-                self.blocks.append(module.blocks)
+                self.blocks.append(module.blocks.eval())  # out of reach for the model's own eval()
                 self.names.append(f"backbone.{name}.blocks")
 
 
@@ -193,6 +193,7 @@ def served_device(name: str, budget: int) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise MoesaicError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         whole = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(budget / whole, 1.0), device)
     return device

@@ -307,9 +307,8 @@ class Runner:
         """The experts of newly sampled tokens, whose keys in the pre-gate are written."""
         rows = [Segment(request.slot or 0, row, 1, request.done) for row, request in enumerate(requests)]
         biases = [request.bias for request in requests]
-        step = RaggedAttention(self.pool, rows)
-        return self.machine.gate.extend(
-            [request.ids[-1] for request in requests], step, biases if any(bias is not None for bias in biases) else ()
+        return self.machine.gate.sampled(
+            [request.ids[-1] for request in requests], rows, biases if any(bias is not None for bias in biases) else ()
         )
 
     def _reason(self, request: Request, token: int) -> FinishReason | None:

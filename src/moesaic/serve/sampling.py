@@ -137,15 +137,15 @@ def sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
         return []
     values_B, best_B = logits_BV.max(-1)  # NaN counts as the largest
     damaged = (~values_B.isfinite()).tolist()
+    best = best_B.tolist()
     for row, sampler in enumerate(samplers):
-        if sampler.barred:
+        if sampler.barred and (best[row] in sampler.barred or not sampler.plain):
             logits_BV[row, sampler.barred] = -math.inf
-            if int(best_B[row]) in sampler.barred:
-                best_B[row] = logits_BV[row].argmax()
+            best[row] = int(logits_BV[row].argmax())
     choices = []
-    for row, (sampler, best) in enumerate(zip(samplers, best_B.tolist(), strict=True)):
+    for row, sampler in enumerate(samplers):
         if damaged[row]:
             choices.append(Choice(-1, error=DAMAGED))
         else:
-            choices.append(Choice(best) if sampler.plain else sampler.choose(logits_BV[row]))
+            choices.append(Choice(best[row]) if sampler.plain else sampler.choose(logits_BV[row]))
     return choices

@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.experts.compute import TokenGroups
 from moesaic.experts.lowbit import prompts_from
 from moesaic.experts.packed import PackedLinear
 from moesaic.schedule.work import WorkItem
 from moesaic.serve import attention
-from moesaic.serve.attention import RaggedAttention, Segment
-from moesaic.serve.decoder import decoder_of
+from moesaic.serve.attention import RaggedAttention, Segment, TokenAttention
+from moesaic.serve.decoder import FusedDecoder, decoder_of
 from moesaic.serve.experts import BlockExperts
+from moesaic.serve.graphs import StepGraphs
+from moesaic.serve.kernel_experts import KernelExperts
 from moesaic.serve.kv import KVPool
 from moesaic.serve.lowbit_memory import QuantizedExperts
 from moesaic.serve.store import ExpertStore
@@ -83,12 +86,34 @@ class Backbone:
     filled = True  # a step may have rows more than its tokens: what stands in for experts leaves them out
 
     def __init__(
-        self, model: Any, experts: Sequence[BlockExperts | QuantizedExperts], store: ExpertStore, pool: KVPool
+        self,
+        model: Any,
+        experts: Sequence[BlockExperts | KernelExperts | QuantizedExperts],
+        store: ExpertStore,
+        pool: KVPool,
     ) -> None:
         self.model, self.store, self.pool = model, store, pool
         self.experts: Sequence[Any] = experts
         self.decoder = decoder_of(model.backbone, self.filled and _packed(model.backbone))
         self.routes: list[WorkItem] = []
+        self.graphs: StepGraphs | None = None
+        if self.experts and all(isinstance(each, KernelExperts) for each in experts):
+            self.unions = True
+            if isinstance(self.decoder, FusedDecoder):
+                self.graphs = StepGraphs(self._tokens, pool.device)
+                self.graphs.warm((0, 0, 0, 0))
+
+    def _tokens(self, integers_4B: Tensor) -> Tensor:
+        """Logits (B, V) after single tokens: their ids, slots, positions and experts; nothing waits for the device."""
+        ids_B, slot_B, pos_B, expert_B = integers_4B
+        groups = TokenGroups(expert_B)
+        step = TokenAttention(self.pool, slot_B, pos_B)
+
+        def ffn(layer: int, x_BD: Tensor) -> Tensor:
+            return self.experts[layer].run_together(x_BD, groups)
+
+        with self.model.step.use(ffn), attention.current.use(step):
+            return self.decoder(ids_B, pos_B, torch.arange(len(ids_B), device=ids_B.device))
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], complete: bool = False) -> Tensor:
@@ -99,6 +124,9 @@ class Backbone:
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
         count = sum(len(part.ids) for part in parts)
+        if complete and self.graphs is not None and count == len(parts) and self.graphs.suits(count):
+            ids, slots = [part.ids[0] for part in parts], [part.slot for part in parts]
+            return self.graphs((ids, slots, [part.past for part in parts], [int(part.experts[0]) for part in parts]))
         experts_N = np.concatenate([part.experts for part in parts])
         tokens = TokenOrder(experts_N, first_of_prompts(parts), self.pool.device)
 
@@ -109,12 +137,12 @@ class Backbone:
             return y_ND if len(x_PD) == count else F.pad(y_ND, (0, 0, 0, len(x_PD) - count))
 
         counts = {expert: rows.stop - rows.start for expert, rows in tokens.slices.items()}
-        together = complete and self.unions and len(counts) > 1 and self.experts[0].together(counts)
-        expert_N = torch.from_numpy(experts_N.astype(np.int64)) if together else None
+        together = complete and self.unions and self.experts[0].together(counts)
+        groups = TokenGroups(torch.from_numpy(experts_N.astype(np.int64))).to(self.pool.device) if together else None
 
         def run(layer: int, x_ND: Tensor) -> Tensor:
-            if expert_N is not None:
-                return self.experts[layer].run_together(x_ND, expert_N)
+            if groups is not None:
+                return self.experts[layer].run_together(x_ND, groups)
             x_ND = tokens.gather(x_ND)
             y_ND = torch.empty_like(x_ND)
             if complete:

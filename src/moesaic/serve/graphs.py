@@ -1,0 +1,92 @@
+"""Steps of single tokens on a GPU: a batch size is captured once as a CUDA graph and replayed with other numbers.
+
+A step launches hundreds of small kernels; on a GPU the launches take longer than the work. A graph launches them all.
+Shapes: K integers that a token comes with, B tokens, P tokens of the graph that holds them.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.experts.triton_blocks import DECODE_TOKENS
+
+log = logging.getLogger("moesaic.serve")
+
+WARM_UP = 2  # passes before capture: kernels compile, libraries take their workspaces
+
+
+class StepGraphs:
+    """A function of integers (K, P) on the device, called with those of B tokens; its answer's first B rows.
+
+    function: runs without waiting for the device, its answer has a row for each token. What fills up P repeats the
+              first token: whatever that writes, it writes twice.
+    most:     the largest P. Devices without graphs call the function as it is.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device, most: int = DECODE_TOKENS) -> None:
+        self.function, self.device, self.most = function, device, most
+        self.usable = True
+        self._captured: dict[int, _Captured] = {}
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run together
+
+    def suits(self, tokens: int) -> bool:
+        """Whether so many tokens can be answered."""
+        return self.usable and 0 < tokens <= self.most
+
+    @torch.inference_mode()
+    def __call__(self, columns: Sequence[Sequence[int]]) -> Tensor:
+        """columns: K sequences of B integers. The answer is overwritten by the next call of the same size."""
+        tokens = len(columns[0])
+        size = 1 << (tokens - 1).bit_length()
+        integers_KP = torch.tensor([[*column, *[column[0]] * (size - tokens)] for column in columns])
+        if self.device.type != "cuda":
+            return self.function(integers_KP.to(self.device))[:tokens]
+        if size not in self._captured:
+            self._captured[size] = _Captured(self.function, integers_KP, self.device, self._memory)
+        return self._captured[size](integers_KP)[:tokens]
+
+    def warm(self, columns: Sequence[int]) -> None:
+        """Capture every size with a token that may be computed; what cannot be captured is not used any more."""
+        size = self.most  # the largest first: the others fit into its memory
+        while self.device.type == "cuda" and self.suits(size):
+            try:
+                self([[integer] * size for integer in columns])
+            except RuntimeError as error:
+                log.warning("steps run without CUDA graphs: %s", str(error).splitlines()[0])
+                self.usable = False
+                self._captured.clear()
+            size //= 2
+
+
+class _Captured:
+    """The graph of one size."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        integers_KP: Tensor,
+        device: torch.device,
+        memory: Any,
+    ) -> None:
+        self._host = integers_KP.pin_memory()
+        self._integers = integers_KP.to(device)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function(self._integers)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # Another thread may load experts meanwhile, on its own stream.
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+            self._answer = function(self._integers)
+
+    def __call__(self, integers_KP: Tensor) -> Tensor:
+        # Whoever called before has looked at the answer, so the pinned integers are not being read.
+        self._host.copy_(integers_KP)
+        self._integers.copy_(self._host, non_blocking=True)
+        self._graph.replay()
+        return self._answer
