@@ -43,6 +43,7 @@ SLICE_8B = dict(  # Llama-3-8B's layers, a quarter of them
 )
 MODELS: dict[str, dict[str, Any]] = {**SHAPES, "1b": ONE_B, "8b-slice": SLICE_8B, "tiny": TINY}
 POSITIONS = 4096
+HERE = "cuda" if torch.cuda.is_available() else "cpu"  # where models are made: a GPU draws faster
 LOUD = 100.0  # of the pre-gate's embedding: far above what its layer adds
 LLAMA_TYPES = ("bf16", "q8_0", "q4_0")
 
@@ -80,7 +81,8 @@ def _write_dense(folder: Path, model: str, dtype: str, seed: int) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))  # no float32 copy of a large model
     try:
-        dense = LlamaForCausalLM(llama_config(model))
+        with torch.device(HERE):
+            dense = LlamaForCausalLM(llama_config(model))
     finally:
         torch.set_default_dtype(before)
     dense.save_pretrained(folder)
@@ -88,7 +90,7 @@ def _write_dense(folder: Path, model: str, dtype: str, seed: int) -> None:
 
 
 def _write_moe(folder: Path, dense: Path, seed: int, experts: int = EXPERTS) -> None:
-    model = LlamaForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    model = LlamaForCausalLM.from_pretrained(dense, dtype="auto").to(HERE).eval()
     config = model.config
     masks = random_masks(config.num_hidden_layers, config.intermediate_size, seed)
     if experts == 1:
@@ -105,7 +107,7 @@ def _write_moe(folder: Path, dense: Path, seed: int, experts: int = EXPERTS) -> 
 def route_by_token(pregate: PreGate) -> None:
     """Token t goes to expert t mod E, whatever came before it."""
     experts, width = pregate.head.weight.shape
-    tokens = torch.arange(pregate.embedding.num_embeddings)
+    tokens = torch.arange(pregate.embedding.num_embeddings, device=pregate.embedding.weight.device)
     pregate.embedding.weight.zero_()
     pregate.embedding.weight[tokens, tokens % experts] = LOUD
     pregate.head.weight.copy_(torch.eye(experts, width))

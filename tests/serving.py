@@ -1,5 +1,6 @@
 """Refactored models as folders, engines on them, and what generate() says to one prompt: shared by tests of serving."""
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,10 @@ def engine(folder: Path, **options: object) -> Iterator[Engine]:
         yield own
     finally:
         own.close()
+        if torch.cuda.is_available():  # an engine's process ends with it; here the next one wants its memory
+            del own
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def ask(own: Engine, prompt: Sequence[int], generation: Generation) -> Heard:

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from moesaic.cli.main import app
 from moesaic.errors import MoesaicError
 from moesaic.serve.arena import PAGE
+from moesaic.serve.decoder import FusedDecoder, decoder_of
 from moesaic.serve.engine import Engine
-from moesaic.serve.loading import served_device
+from moesaic.serve.layers import FusedLayer
+from moesaic.serve.loading import load, served_device
 from moesaic.serve.memory_plan import plan
 from moesaic.serve.model_files import ModelFiles, expert_entries, read_json
 from moesaic.serve.options import EngineOptions
@@ -270,3 +272,13 @@ def test_the_command_shows_both_memories(folder):
     assert DEVICE in shown.output and "2.0 MiB" in shown.output
     found = json.loads(CliRunner().invoke(app, [*options, "--json"]).output)
     assert found["device"] == DEVICE and found["host"] == 2 * MIB
+
+
+def test_fused_layers_can_be_moved(folder):
+    """To a device; what inference mode has made has no version, and views of it fail once it lies elsewhere."""
+    loaded = load(folder, torch.float32)
+    assert any(isinstance(module, FusedLayer) for module in loaded.model.backbone.modules())
+    assert not any(weight.is_inference() for weight in loaded.model.backbone.parameters())
+    loaded = load(folder, torch.float32, device=torch.device(DEVICE))
+    loaded.model.backbone.double().float()
+    assert isinstance(decoder_of(loaded.model.backbone, False), FusedDecoder)

@@ -6,6 +6,7 @@ Shapes: K integers that a token comes with, B tokens, P tokens of the graph that
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ class StepGraphs:
             size //= 2
 
 
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Where all graphs are captured: libraries take a workspace for every stream that they see."""
+    return torch.cuda.Stream(device)
+
+
 class _Captured:
     """The graph of one size."""
 
@@ -73,7 +80,7 @@ class _Captured:
     ) -> None:
         self._host = integers_KP.pin_memory()
         self._integers = integers_KP.to(device)
-        side = torch.cuda.Stream(device)
+        side = _side(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
@@ -81,7 +88,7 @@ class _Captured:
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # Another thread may load experts meanwhile, on its own stream.
-        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=memory, stream=side, capture_error_mode="thread_local"):
             self._answer = function(self._integers)
 
     def __call__(self, integers_KP: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _stacked(linears: list[Any]) -> Any:
     return one
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode its weights could not be moved to a device
 def fuse_layers(model: nn.Module) -> int:
     """Replace the decoder layers that are such layers; returns how many were."""
     replaced, rotation = 0, Rotation()

@@ -38,6 +38,9 @@ BASE = 432 * 2**20
 # with torch 2.13 on an AVX-512 CPU: 0.6 MiB each up to there, 0.9 GiB in all after 4096 of them.
 KERNEL, KERNELS = 2**20, 1024
 PASSING = 16 * 2**20  # bytes of main memory, beyond the largest entry, that entries pass through to a device
+# Of a device, for libraries: cuBLAS takes 32 MiB on an H200 for each of two streams, cuBLASLt likewise. Steps of single
+# tokens are captured for every power of two up to 64: logits of 127 rows in all, activations of the largest.
+LIBRARIES, CAPTURED = 160 * 2**20, 128
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
 AT_ONCE = 2**24  # bytes of numbers in between while matrices are made small, see experts.lowbit
@@ -299,6 +302,8 @@ def needs_of(
         if dtype == "bfloat16":
             packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys)
             packs += layout.total_bytes if config.get("layouts") else 0  # a layer's experts in one piece
+    else:
+        base_bytes = LIBRARIES + CAPTURED * (token + vocab * item)
     if bits is not None:
         loading, packs = BASE + dense + largest, 0
         # While an expert is made small it lies there as stored, in one piece, filled up, and small twice.
