@@ -66,6 +66,7 @@ def signatures(blocks, kernel, moved):
         "decode_hidden": [x, ffn, rows, "*u8", "*i64", x, "*u8", "i32", "i32"],
         "decode_down": [x, x, rows, "*u8", "*fp32", "i32", "i32"],
         "decode_sum": ["*fp32", x, "i32", "i32"],
+        "token_part": [x, ffn, x, rows, owned, "*i64", "*fp32"],
         "prefill_hidden": [x, ffn, rows, "*i64", tiles, owned, x, "i32"],
         "prefill_down": [x, x, rows, "*i64", tiles, owned, x, "i32"],
     }[kernel]
@@ -79,9 +80,11 @@ def compiled(blocks, kernel, capability, moved):
 
     function = triton_kernels.kernels()[kernel]
     types = signatures(blocks, kernel, moved)
-    constants, options = {function.arg_names[-1]: triton_blocks.SUM_BLOCK}, {}
+    constants, options = {"SPLITS": 32, "BLOCK": 256}, {}
     launches = triton_blocks.SMALL if capability == 80 else triton_blocks.LARGE
     if (tiles := getattr(launches, kernel, None)) is not None:
+        if kernel == "token_part":
+            tiles = tiles._replace(columns=128)
         constants = {function.arg_names[-1]: triton_blocks.tiling(blocks, tiles, triton_blocks.DECODE_TOKENS)}
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     aligned = {}
@@ -89,24 +92,28 @@ def compiled(blocks, kernel, capability, moved):
         parts = [((at,), kind)] if isinstance(kind, str) else [((at, i), part) for i, part in enumerate(kind)]
         constants |= {path: None for path, part in parts if part == "constexpr"}
         aligned |= {path: [["tt.divisibility", 16]] for path, part in parts if part.startswith("*")}
-    signature = dict(zip(function.arg_names, [*types, "constexpr"], strict=True))
+    rest = ["constexpr"] * (len(function.arg_names) - len(types))
+    signature = dict(zip(function.arg_names, types + rest, strict=True))
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton only interprets in this process")
-@pytest.mark.parametrize("kernel", ["decode_hidden", "decode_down", "decode_sum", "prefill_hidden", "prefill_down"])
+@pytest.mark.parametrize(
+    "kernel", ["decode_hidden", "decode_down", "decode_sum", "token_part", "prefill_hidden", "prefill_down"]
+)
 @pytest.mark.parametrize(
     ("dtype", "capability", "moved"), [(torch.float32, 80, False), (torch.bfloat16, 90, True)], ids=str
 )
 def test_kernels_compile_for_a_gpu(kernel, dtype, capability, moved, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for gated, bias in ((True, False), (True, True), (False, False)) if kernel.endswith("hidden") else ((True, False),):
+    kinds = ((True, False), (True, True), (False, False)) if kernel.endswith(("hidden", "part")) else ((True, False),)
+    for gated, bias in kinds:
         built = compiled(make(dtype, gated=gated, bias=bias), kernel, capability, moved)
         assert built.asm["cubin"]
         assert built.metadata.shared <= SHARED[capability]
-        if kernel != "decode_sum" and dtype == torch.bfloat16:
+        if kernel not in ("decode_sum", "token_part") and dtype == torch.bfloat16:
             assert "mma" in built.asm["ptx"], "products should run on tensor cores"
 
 

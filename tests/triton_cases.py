@@ -97,11 +97,11 @@ def test_an_expert_of_several_token_tiles():
     assert_as_plain(triton_blocks.grouped_prefill, make(MASK), x, TokenGroups(experts))
 
 
-@each_kernel
+@pytest.mark.parametrize("kernel", [*KERNELS, triton_blocks.token_decode], ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize("bias", [False, True])
 def test_channels_may_lie_anywhere(kernel, bias):
     blocks = make(MASK, bias=bias)
-    x, groups = batch(40, 4)
+    x, groups = batch(1 if kernel is triton_blocks.token_decode else 40, 4)
     width = blocks.layout.width
     rows = torch.randperm(2 * width, device=DEVICE)[:width]
 
@@ -151,6 +151,27 @@ def test_results_repeat_and_do_not_depend_on_batch_mates(kernel):
     assert torch.equal(torch.cat(alone), together)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True), (False, False)])
+def test_a_single_token(dtype, gated, bias):
+    blocks = make(MASK, gated=gated, bias=bias, dtype=dtype)
+    x, groups = batch(4, 4, dtype=dtype)
+    for row in range(4):
+        assert_as_plain(
+            triton_blocks.token_decode, blocks, x[row : row + 1], TokenGroups(groups.expert_N[row : row + 1])
+        )
+    with pytest.raises(MoesaicError, match="4 tokens for token_decode: expected one"):
+        triton_blocks.token_decode(blocks, x, groups)
+
+
+@given(layouts(), st.integers(1, 150), st.booleans(), st.integers(0, 4))
+@settings(max_examples=8)
+def test_a_single_token_in_any_layout(mask, hidden, untied, expert):
+    groups = TokenGroups(torch.tensor([expert % len(mask)], device=DEVICE))
+    x = torch.randn(1, hidden, device=DEVICE)
+    assert_as_plain(triton_blocks.token_decode, make(mask, hidden=hidden, untied=untied), x, groups)
+
+
 @each_kernel
 def test_no_tokens(kernel):
     assert kernel(make(MASK), *batch(0, 4)).shape == (0, 36)
@@ -176,7 +197,8 @@ def test_too_many_tokens_to_decode_are_refused():
 @torch.no_grad()
 def test_inference_on_a_gpu_takes_the_kernels():
     blocks = make(MASK)
-    for tokens, kernel in ((64, triton_blocks.masked_decode), (65, triton_blocks.grouped_prefill)):
+    kernels = {1: triton_blocks.token_decode, 64: triton_blocks.masked_decode, 65: triton_blocks.grouped_prefill}
+    for tokens, kernel in kernels.items():
         x, groups = batch(tokens, 4)
         assert backends.choose(blocks, groups) is kernel
         assert torch.equal(blocks(x, groups), kernel(blocks, x, groups))

@@ -88,6 +88,7 @@ BACKENDS = {
             lambda blocks: _parts(blocks) and _onednn(blocks),
             _all(True),
         ),
+        Backend("triton_token", triton_blocks.token_decode, "a GPU, triton, a single token", triton_blocks.suits),
         Backend("triton_decode", triton_blocks.masked_decode, "a GPU, triton, few tokens", triton_blocks.suits),
         Backend("triton_prefill", triton_blocks.grouped_prefill, "a GPU, triton", triton_blocks.suits),
     )
@@ -99,8 +100,7 @@ def choose(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     if torch.is_grad_enabled():
         return compute.grouped_autograd if blocks.untied else compute.masked
     if triton_blocks.suits(blocks):
-        few = len(groups.expert_N) <= triton_blocks.DECODE_TOKENS
-        return triton_blocks.masked_decode if few else triton_blocks.grouped_prefill
+        return triton_blocks.kernel_for(len(groups.expert_N))
     if blocks.up.device.type == "cpu" and (path := _measured(blocks, groups)) is not None:
         return path
     return by_constants(blocks, groups)

@@ -1,5 +1,6 @@
 """Channel blocks on a GPU: two ways of `compute.py` as Triton kernels, for inference.
 
+token_decode      a single token through its expert's channels, hidden activations never stored.
 masked_decode     as `masked`, for few tokens. Each weight is read once for all tokens; tiles of channels that no
                   token's expert owns are not read. The device is not asked which experts occur: nothing waits for it.
 grouped_prefill   as `grouped`, for many: tiles of tokens of one expert meet tiles of its channels, all experts in one
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DECODE_TOKENS = 64  # most tokens of masked_decode: one tile of them, so that weights are read once
-SUM_BLOCK = 1024
+SUMMED = 8192  # numbers that a program of decode_sum adds up
 
 
 class Tiles(NamedTuple):
@@ -49,6 +50,7 @@ class Launches(NamedTuple):
 
     decode_hidden: Tiles
     decode_down: Tiles
+    token_part: Tiles
     prefill_hidden: Tiles
     prefill_down: Tiles
 
@@ -56,12 +58,14 @@ class Launches(NamedTuple):
 SMALL = Launches(  # fit 99 KiB of shared memory in every dtype; not measured
     Tiles(channels=32, step=128),
     Tiles(channels=32, columns=64, programs=256),
+    Tiles(channels=4, warps=8, programs=256),
     Tiles(tokens=64, channels=64, step=128),
     Tiles(tokens=64, channels=64, columns=64),
 )
 LARGE = Launches(  # the best of 144 on an H200 in bfloat16, 14,336 channels of width 4,096
     Tiles(channels=32, step=256),
     Tiles(channels=64, columns=128, warps=8, programs=512),
+    Tiles(channels=4, warps=8, programs=264),
     Tiles(tokens=128, channels=128, step=128, warps=8),
     Tiles(tokens=64, channels=64, columns=256, warps=8),
 )
@@ -179,7 +183,7 @@ def masked_decode(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups", 
         raise MoesaicError(f"{tokens} tokens for masked_decode: expected at most {DECODE_TOKENS}; use grouped_prefill")
     if not tokens:
         return blocks.finish(torch.empty_like(x_ND))
-    up, down, _, _ = launches(x_ND.dtype, x_ND.device)
+    up, down, *_ = launches(x_ND.dtype, x_ND.device)
     columns = _parts(width, down.columns)
     # Not of the number of tokens: the order of sums must not depend on it.
     splits = min(_parts(channels, down.channels), _parts(down.programs, columns))
@@ -194,8 +198,38 @@ def masked_decode(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups", 
         launch["decode_down"][(columns, splits)](
             hidden, at.down, at.rows, live, sums, tokens, channels, **_options(blocks, down, tokens)
         )
-        launch["decode_sum"][(_parts(y.numel(), SUM_BLOCK),)](sums, y, splits, y.numel(), BLOCK=SUM_BLOCK)
+        _sum(sums, y)
     return blocks.finish(y)
+
+
+@torch.no_grad()
+def token_decode(blocks: "ChannelBlocks", x_1D: Tensor, groups: "TokenGroups", at: Stored | None = None) -> Tensor:
+    """A single token through its expert. at: None = the blocks' own weights.
+
+    Raises MoesaicError for what the kernels cannot compute, MissingExtraError without triton.
+    """
+    at = at or stored(blocks)
+    x_1D = _checked(blocks, at, x_1D)
+    if len(x_1D) != 1:
+        raise MoesaicError(f"{len(x_1D)} tokens for token_decode: expected one; use masked_decode")
+    tiles = launches(x_1D.dtype, x_1D.device).token_part
+    width = x_1D.shape[1]
+    programs = min(tiles.programs, _parts(blocks.layout.widest, tiles.channels))
+    sums = torch.empty(programs, 1, width, dtype=torch.float32, device=x_1D.device)
+    owned, y = owned_channels(blocks.layout, x_1D.device), torch.empty_like(x_1D)
+    options = _options(blocks, tiles._replace(columns=1 << (width - 1).bit_length()), 1)
+    with torch.cuda.device_of(x_1D):
+        kernels()["token_part"][(programs,)](x_1D, at.first, at.down, at.rows, owned, groups.expert_N, sums, **options)
+        _sum(sums, y)
+    return blocks.finish(y)
+
+
+def _sum(sums: Tensor, y_ND: Tensor) -> None:
+    """y = the sum over the first axis."""
+    splits = 1 << (len(sums) - 1).bit_length()
+    block = max(16, SUMMED // splits)
+    grid = (_parts(y_ND.numel(), block),)
+    kernels()["decode_sum"][grid](sums, y_ND, len(sums), y_ND.numel(), SPLITS=splits, BLOCK=block)
 
 
 @torch.no_grad()
@@ -208,7 +242,7 @@ def grouped_prefill(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups"
     launch, x_ND = kernels(), _checked(blocks, at, x_ND)
     if not len(x_ND):
         return blocks.finish(torch.empty_like(x_ND))
-    _, _, up, down = launches(x_ND.dtype, x_ND.device)
+    *_, up, down = launches(x_ND.dtype, x_ND.device)
     owned = owned_channels(blocks.layout, x_ND.device)
     widest = max(blocks.layout.expert_width(expert) for expert in groups.used)
     hidden, y = x_ND.new_empty(len(x_ND), widest), torch.empty_like(x_ND)
@@ -222,6 +256,13 @@ def grouped_prefill(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups"
             hidden, at.down, at.rows, groups.order, tiles, owned, y, widest, **_options(blocks, down)
         )
     return blocks.finish(y)
+
+
+def kernel_for(tokens: int) -> "Callable[..., Tensor]":
+    """The kernel for so many tokens."""
+    if tokens == 1:
+        return token_decode
+    return masked_decode if tokens <= DECODE_TOKENS else grouped_prefill
 
 
 def _parts(whole: int, part: int) -> int:

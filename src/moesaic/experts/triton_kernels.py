@@ -55,7 +55,8 @@ def compiler(names: dict[str, Any], helpers: Sequence[Any], kernels: Sequence[An
 def kernels() -> dict[str, Any]:
     """The kernels of this module. Raises MissingExtraError if triton is not installed."""
     helpers = _product, _activated, _hidden
-    return compiler(globals(), helpers, (decode_hidden, decode_down, decode_sum, prefill_hidden, prefill_down))
+    launched = decode_hidden, decode_down, decode_sum, token_part, prefill_hidden, prefill_down
+    return compiler(globals(), helpers, launched)
 
 
 def _product(a, b, total, TILING: tl.constexpr):
@@ -167,14 +168,59 @@ def decode_down(hidden, down, rows, live, partial, N, W, TILING: tl.constexpr):
     tl.store(at, sum_ND, mask=real_N[:, None] & inside[None, :])
 
 
-def decode_sum(partial, y, splits, size, BLOCK: tl.constexpr):
-    """y = the sum of partial (splits, size) over its splits, first to last."""
+def decode_sum(partial, y, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """y = the sum of partial (splits, size) over its splits, at most SPLITS, all of which are read at once."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, SPLITS)
     real = at < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(0, splits):
-        total += tl.load(partial + split * size + at, mask=real, other=0.0)
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=real)
+    here = (split < splits)[:, None] & real[None, :]
+    parts = tl.load(partial + split[:, None] * size + at[None, :], mask=here, other=0.0)
+    tl.store(y + at, tl.sum(parts, axis=0).to(y.dtype.element_ty), mask=real)
+
+
+def token_part(x, ffn, down, rows, owned, expert, partial, TILING: tl.constexpr):
+    """Partial sums (programs, D) float32 of a single token: one program takes every so many-th tile of its channels.
+
+    Whole rows are read, those of `down` before they are needed: as many bytes as can be are under way.
+    """
+    WIDTH: tl.constexpr = TILING.width
+    COLUMNS: tl.constexpr = TILING.columns  # D as a power of two
+    CHANNELS: tl.constexpr = TILING.channels
+    KIND: tl.constexpr = TILING.activation
+    gate, up, gate_bias, up_bias = ffn
+    channels, begin_E = owned
+    column = tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    own = tl.load(expert)
+    begin = tl.load(begin_E + own)
+    width = tl.load(begin_E + own + 1) - begin
+    x_D = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    sum_D = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(width, CHANNELS), tl.num_programs(0)):
+        place = tile * CHANNELS + tl.arange(0, CHANNELS)
+        real_C = place < width
+        row_C = tl.load(channels + begin + place, mask=real_C, other=0)
+        if rows is not None:
+            row_C = tl.load(rows + row_C)
+        at = row_C.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        here = real_C[:, None] & inside[None, :]
+        up_CD = tl.load(up + at, mask=here, other=0.0)
+        if gate is not None:
+            gate_CD = tl.load(gate + at, mask=here, other=0.0)
+        down_CD = tl.load(down + at, mask=here, other=0.0)
+        h_C = tl.sum(up_CD.to(tl.float32) * x_D[None, :], axis=1)
+        if up_bias is not None:
+            h_C += tl.load(up_bias + row_C, mask=real_C, other=0.0).to(tl.float32)
+        if gate is None:
+            h_C = _activated(h_C, KIND)
+        else:
+            gate_C = tl.sum(gate_CD.to(tl.float32) * x_D[None, :], axis=1)
+            if gate_bias is not None:
+                gate_C += tl.load(gate_bias + row_C, mask=real_C, other=0.0).to(tl.float32)
+            h_C = _activated(gate_C, KIND) * h_C
+        h_C = tl.where(real_C, h_C, 0.0).to(x.dtype.element_ty).to(tl.float32)
+        sum_D += tl.sum(h_C[:, None] * down_CD.to(tl.float32), axis=0)
+    tl.store(partial + tl.program_id(0) * WIDTH + column, sum_D, mask=inside)
 
 
 def prefill_hidden(x, ffn, rows, order, tiles, owned, hidden, widest, TILING: tl.constexpr):

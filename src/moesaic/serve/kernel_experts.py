@@ -33,9 +33,7 @@ class KernelExperts:
 
     def run_together(self, x_MD: Tensor, groups: TokenGroups) -> Tensor:
         """(M, D) -> (M, D). Every channel of the groups' experts is there."""
-        few = len(x_MD) <= triton_blocks.DECODE_TOKENS
-        kernel = triton_blocks.masked_decode if few else triton_blocks.grouped_prefill
-        return kernel(self.blocks, x_MD, groups, self.at)
+        return triton_blocks.kernel_for(len(x_MD))(self.blocks, x_MD, groups, self.at)
 
     def packed(self, expert: int) -> bool:
         """Nothing is: no rows are filled up on a device."""
