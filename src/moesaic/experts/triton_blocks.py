@@ -245,15 +245,17 @@ def grouped_prefill(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups"
     *_, up, down = launches(x_ND.dtype, x_ND.device)
     owned = owned_channels(blocks.layout, x_ND.device)
     widest = max(blocks.layout.expert_width(expert) for expert in groups.used)
-    hidden, y = x_ND.new_empty(len(x_ND), widest), torch.empty_like(x_ND)
+    step = max(up.channels, down.channels)
+    stride = _parts(widest, step) * step
+    hidden, y = x_ND.new_empty(len(x_ND), stride), torch.empty_like(x_ND)
     with torch.cuda.device_of(x_ND):
         tiles = groups.tiles(up.tokens)
         launch["prefill_hidden"][(len(tiles[0]), _parts(widest, up.channels))](
-            x_ND, at.first, at.rows, groups.order, tiles, owned, hidden, widest, **_options(blocks, up)
+            x_ND, at.first, at.rows, groups.order, tiles, owned, hidden, stride, **_options(blocks, up)
         )
         tiles = groups.tiles(down.tokens)
         launch["prefill_down"][(len(tiles[0]), _parts(x_ND.shape[1], down.columns))](
-            hidden, at.down, at.rows, groups.order, tiles, owned, y, widest, **_options(blocks, down)
+            hidden, at.down, at.rows, groups.order, tiles, owned, y, stride, **_options(blocks, down)
         )
     return blocks.finish(y)
 

@@ -157,10 +157,12 @@ def decode_down(hidden, down, rows, live, partial, N, W, TILING: tl.constexpr):
     for tile in range(split, tl.cdiv(W, CHANNELS), tl.num_programs(1)):
         # Masked, not skipped: a branch would keep the loads of the next tiles from being under way.
         channel = tile * CHANNELS + tl.arange(0, CHANNELS)
-        live_C = tl.load(live + channel, mask=channel < W, other=0) > 0
+        real_C = channel < W
+        live_C = tl.load(live + channel, mask=real_C, other=0) > 0
         row = channel if rows is None else tl.load(rows + channel, mask=live_C, other=0)
         h_at = hidden + token[:, None] * W + channel[None, :]
-        h_NC = tl.load(h_at, mask=real_N[:, None] & live_C[None, :], other=0.0)
+        h_NC = tl.load(h_at, mask=real_N[:, None] & real_C[None, :], other=0.0)
+        h_NC = tl.where(live_C[None, :], h_NC, 0.0)  # not in the mask of the load, which would be a number at a time
         d_at = down + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
         down_CD = tl.load(d_at, mask=live_C[:, None] & inside[None, :], other=0.0)
         sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
@@ -223,8 +225,10 @@ def token_part(x, ffn, down, rows, owned, expert, partial, TILING: tl.constexpr)
     tl.store(partial + tl.program_id(0) * WIDTH + column, sum_D, mask=inside)
 
 
-def prefill_hidden(x, ffn, rows, order, tiles, owned, hidden, widest, TILING: tl.constexpr):
-    """Hidden activations (N, widest), rows sorted by expert, columns the expert's own channels in stored order.
+def prefill_hidden(x, ffn, rows, order, tiles, owned, hidden, stride, TILING: tl.constexpr):
+    """Hidden activations (N, stride), rows sorted by expert, columns the expert's own channels in stored order.
+
+    The last tile of an expert's channels is filled up with zeros, for which `stride` has room.
 
     order: (N,) token of each row. tiles: three (T,): expert, first and last row (exclusive) of tokens of one expert.
     owned: the experts' channels one after another, and where each expert's begin, with one more for the end.
@@ -249,11 +253,11 @@ def prefill_hidden(x, ffn, rows, order, tiles, owned, hidden, widest, TILING: tl
         if rows is not None:
             channel = tl.load(rows + channel)
         h_NC = _hidden(x, ffn, token, real_N, channel, real_C, TILING).to(hidden.dtype.element_ty)
-        at = hidden + row.to(tl.int64)[:, None] * widest + place[None, :]
-        tl.store(at, h_NC, mask=real_N[:, None] & real_C[None, :])
+        at = hidden + row.to(tl.int64)[:, None] * stride + place[None, :]
+        tl.store(at, h_NC, mask=real_N[:, None])
 
 
-def prefill_down(hidden, down, rows, order, tiles, owned, y, widest, TILING: tl.constexpr):
+def prefill_down(hidden, down, rows, order, tiles, owned, y, stride, TILING: tl.constexpr):
     """y (N, D) in token order, from `hidden` as prefill_hidden leaves it."""
     WIDTH: tl.constexpr = TILING.width
     COLUMNS: tl.constexpr = TILING.columns
@@ -269,7 +273,7 @@ def prefill_down(hidden, down, rows, order, tiles, owned, y, widest, TILING: tl.
     real_N = row < tl.load(stop_T + tile)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < WIDTH
-    h_N = row.to(tl.int64)[:, None] * widest
+    h_N = row.to(tl.int64)[:, None] * stride
     sum_ND = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for first in range(0, width, CHANNELS):
         place = first + tl.arange(0, CHANNELS)
@@ -277,7 +281,7 @@ def prefill_down(hidden, down, rows, order, tiles, owned, y, widest, TILING: tl.
         channel = tl.load(channels + begin + place, mask=real_C, other=0)
         if rows is not None:
             channel = tl.load(rows + channel)
-        h_NC = tl.load(hidden + h_N + place[None, :], mask=real_N[:, None] & real_C[None, :], other=0.0)
+        h_NC = tl.load(hidden + h_N + place[None, :], mask=real_N[:, None], other=0.0)
         d_at = down + channel.to(tl.int64)[:, None] * WIDTH + column[None, :]
         down_CD = tl.load(d_at, mask=real_C[:, None] & inside[None, :], other=0.0)
         sum_ND = _product(h_NC, down_CD, sum_ND, TILING)
