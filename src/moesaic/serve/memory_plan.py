@@ -197,7 +197,9 @@ def plan(
         least_budget=least,
         weights=weights,
         device=device or "",
-        host=0 if device is None else _host(host_memory, needs.all_experts - given, needs.least_experts),
+        host=0
+        if device is None
+        else _host(host_memory, needs.all_experts, needs.all_experts - given, needs.least_experts),
     )
     return _with_comments(result, needs, savings, given_context=context is not None, given_experts=fixed is not None)
 
@@ -240,12 +242,18 @@ def _budget(memory: int | str | None, useful: int, device: str | None) -> int:
     return min(int(SHARE * (available_bytes() if device is None else device_bytes(device))), useful)
 
 
-def _host(memory: int | str | None, beyond: int, largest: int) -> int:
-    """Main memory for experts: `beyond` bytes that the device does not hold, and what passes through."""
+def _host(memory: int | str | None, needs: Needs, beyond: int) -> int:
+    """Main memory for experts: for all of them, or for `beyond` bytes that the device does not hold, as there is room.
+
+    Besides, what passes through; and nothing else where the device holds all.
+    """
     if memory is not None:
         return _size("host memory", memory)
-    passing = largest + PASSING
-    return max(min(int(SHARE * available_bytes()) - BASE, beyond + passing), passing)
+    passing, room = needs.least_experts + PASSING, int(SHARE * available_bytes()) - BASE
+    if not beyond:
+        return passing
+    whole = needs.all_experts + passing
+    return whole if room >= whole else max(min(room, beyond + passing), passing)
 
 
 def _least_context(needs: Needs, context: int | None) -> int:

@@ -2,9 +2,10 @@
 
     Slab         gate, up and down of as many channels as the budget holds. An entry takes any rows that are free, so
                  nothing fragments, and a channel that experts share is there once
-    SlabMemory   what the store moves entries with, in place of ExpertMemory: disk -> main memory -> slab. An entry is
-                 in one of them only: it leaves main memory when it enters the slab, and goes back when it is put out,
-                 as long as there is room. Else the disk has it
+    SlabMemory   what the store moves entries with, in place of ExpertMemory: disk -> main memory -> slab. Where main
+                 memory has room for all entries they stay there, and nothing is ever copied back. Else an entry is in
+                 one of them only: it leaves main memory when it enters the slab, and goes back when it is put out, as
+                 long as there is room. Else the disk has it
 
 Whatever reads and writes the slab's rows is ordered: uploads run on a stream of their own and are complete before the
 store reports them; an entry's rows are given to others after the work that was queued when it left.
@@ -100,16 +101,27 @@ class Transfers:
         if mark is not None and self._stream is not None:
             self._stream.wait_event(mark)
 
-    def up(self, rows: Tensor) -> Tensor:
-        """To the device. Inside `run`."""
+    def up(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of all parts, one after the other, to the device. Inside `run`."""
         if self._stream is None:
-            return rows.to(self.device)
-        there = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
-        for number, (piece, target) in enumerate(self._pieces(rows, there)):
-            stage = self._stages[number % 2]
+            return torch.cat(list(parts)).to(self.device)
+        like = parts[0]
+        there = torch.empty((sum(map(len, parts)), *like.shape[1:]), dtype=like.dtype, device=self.device)
+        row = like[0].numel() * like.element_size()
+        pieces = [piece for part in parts for piece in part.split(max(1, STAGE // row))]
+        start = number = 0
+        while pieces:  # as many as fit into a stage are transferred together
+            stage = self._stage(number, row)
+            rows = stage.size // row
             stage.ready.synchronize()  # what was in it has left
-            target.copy_(stage.like(piece).copy_(piece), non_blocking=True)
+            filled = 0
+            while pieces and filled + len(pieces[0]) <= rows:
+                piece = pieces.pop(0)
+                stage.rows(filled, piece).copy_(piece)
+                filled += len(piece)
+            there[start : start + filled].copy_(stage.rows(0, there[start : start + filled]), non_blocking=True)
             stage.ready.record()
+            start, number = start + filled, number + 1
         return there
 
     def down(self, rows: Tensor, into: Tensor) -> None:
@@ -118,9 +130,11 @@ class Transfers:
             into.copy_(rows)
             return
         waiting: tuple[_Stage, Tensor] | None = None
-        for number, (piece, target) in enumerate(self._pieces(rows, into)):
-            stage = self._stages[number % 2]
-            stage.like(piece).copy_(piece, non_blocking=True)
+        row = rows[0].numel() * rows.element_size()
+        count = max(1, STAGE // row)
+        for number, (piece, target) in enumerate(zip(rows.split(count), into.split(count), strict=True)):
+            stage = self._stage(number, row)
+            stage.rows(0, piece).copy_(piece, non_blocking=True)
             stage.ready.record()
             if waiting is not None:
                 waiting[0].empty(waiting[1])
@@ -128,13 +142,11 @@ class Transfers:
         if waiting is not None:
             waiting[0].empty(waiting[1])
 
-    def _pieces(self, one: Tensor, two: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of both that fit into a stage."""
-        row = one[0].numel() * one.element_size()
+    def _stage(self, number: int, row: int) -> "_Stage":
+        """The two take turns; at least a row fits into each."""
         if not self._stages or self._stages[0].size < row:
             self._stages = [_Stage(max(STAGE, row)) for _ in range(2)]
-        count = self._stages[0].size // row
-        return zip(one.split(count), two.split(count), strict=True)
+        return self._stages[number % 2]
 
 
 class _Stage:
@@ -145,14 +157,15 @@ class _Stage:
         self.ready = torch.cuda.Event()
         self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def like(self, piece: Tensor) -> Tensor:
-        """Its beginning, as a tensor of that shape and dtype."""
-        return self._bytes[: piece.numel() * piece.element_size()].view(piece.dtype).view(piece.shape)
+    def rows(self, first: int, like: Tensor) -> Tensor:
+        """Its rows from `first` on, as a tensor of that shape and dtype."""
+        row = like[0].numel() * like.element_size()
+        return self._bytes[first * row : (first + len(like)) * row].view(like.dtype).view(like.shape)
 
     def empty(self, target: Tensor) -> None:
         """What was transferred goes to `target`."""
         self.ready.synchronize()
-        target.copy_(self.like(target))
+        target.copy_(self.rows(0, target))
 
 
 class SlabMemory:
@@ -172,11 +185,13 @@ class SlabMemory:
                 f"host memory of {human_bytes(room)}: expected at least {least} bytes ({human_bytes(least)}), the "
                 "largest entry, which passes through it"
             )
+        self.stays = room >= sum(map(host.bytes, host.parts))  # main memory holds all entries for good
         self.slab = Slab(channels(next(iter(host.parts))), capacity, device)
         self.transfers = Transfers(device)
         self._rows: dict[Key, tuple[list[int], Tensor]] = {}  # of entries on the device: rows, and these as an index
         self._behind: dict[Key, None] = {}  # entries in main memory, those that left the device first come first
         self._marks: dict[Key, torch.cuda.Event | None] = {}
+        self._before: list[torch.cuda.Event | None] = []  # uploads wait for these
         self.placed: Callable[[Key, Tensor], None] = lambda key, index: None  # hears where an entry lies
 
     @property
@@ -206,8 +221,12 @@ class SlabMemory:
                 self._behind |= dict.fromkeys(there)
                 raise
             with self.transfers.run():
-                for key in portion:
-                    self._upload(key)
+                while self._before:  # whose rows these may be
+                    self.transfers.after(self._before.pop())
+                self._upload(portion)
+            if self.stays:
+                self._behind |= dict.fromkeys(portion)
+                continue
             for key in portion:
                 self.host.release(key)
 
@@ -221,15 +240,15 @@ class SlabMemory:
         if key not in self._rows:
             return
         rows, index = self._rows.pop(key)
-        if self._make_room(self.host.bytes(key)):
+        if not self.stays and self._make_room(self.host.bytes(key)):
             self.host.hold(key)
             self._behind[key] = None
             with self.transfers.run():
                 self.transfers.after(mark)
                 for name, part in self.channels(key).items():
                     self.transfers.down(self.slab.parts[name][index], part)
-        elif mark is not None:
-            mark.synchronize()
+        else:
+            self._before.append(mark)
         self.slab.give(rows)
 
     def close(self) -> None:
@@ -265,14 +284,15 @@ class SlabMemory:
             self.host.release(oldest)
         return True
 
-    def _upload(self, key: Key) -> None:
-        parts = self.channels(key)
-        rows = self.slab.take(len(next(iter(parts.values()))))
-        index = torch.tensor(rows).to(self.transfers.device)
-        for name, part in parts.items():
-            self.slab.parts[name].index_copy_(0, index, self.transfers.up(part))
-        self.placed(key, index)
-        self._rows[key] = rows, index
+    def _upload(self, keys: Sequence[Key]) -> None:
+        parts = [self.channels(key) for key in keys]
+        rows = [self.slab.take(len(next(iter(own.values())))) for own in parts]
+        index = torch.tensor([row for own in rows for row in own]).to(self.transfers.device)
+        for name, slab in self.slab.parts.items():
+            slab.index_copy_(0, index, self.transfers.up([own[name] for own in parts]))
+        for key, own, places in zip(keys, rows, index.split(list(map(len, rows))), strict=True):
+            self.placed(key, places)
+            self._rows[key] = own, places
 
 
 class SlabExperts:

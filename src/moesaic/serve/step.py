@@ -124,9 +124,13 @@ class Backbone:
         Raises ExpertReadError if entries cannot be read; running the other parts again is then safe.
         """
         count = sum(len(part.ids) for part in parts)
-        if complete and self.graphs is not None and count == len(parts) and self.graphs.suits(count):
-            ids, slots = [part.ids[0] for part in parts], [part.slot for part in parts]
-            return self.graphs((ids, slots, [part.past for part in parts], [int(part.experts[0]) for part in parts]))
+        if self.graphs is not None and count == len(parts) and self.graphs.suits(count):
+            # Routes are known before the first layer runs: so is whether all that the step needs can be there.
+            if complete:
+                return self._replay(parts)
+            if self.store.at_once():
+                with self.store.all_held():
+                    return self._replay(parts)
         experts_N = np.concatenate([part.experts for part in parts])
         tokens = TokenOrder(experts_N, first_of_prompts(parts), self.pool.device)
 
@@ -158,6 +162,11 @@ class Backbone:
 
         with self.model.step.use(ffn):
             return self.forward(parts)
+
+    def _replay(self, parts: Sequence[Part]) -> Tensor:
+        assert self.graphs is not None
+        columns = [(part.ids[0], part.slot, part.past, int(part.experts[0])) for part in parts]
+        return self.graphs(list(zip(*columns, strict=True)))
 
     def forward(self, parts: Sequence[Part]) -> Tensor:
         """Logits (R, V), where what stands in for experts knows what to run."""

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -316,6 +316,21 @@ class ExpertStore:
             with self._changed:
                 self.residency.release(wave)
             self.books_s += time.perf_counter() - begin
+
+    def at_once(self) -> bool:
+        """Whether the entries of all layers of the stage can be there together."""
+        pools = self.residency.pools
+        keys = keys_of([call for calls in self.residency.moments for call in calls])
+        return len(pools) == 1 and pools[0].minimum(keys) <= pools[0].capacity
+
+    @contextmanager
+    def all_held(self) -> Iterator[None]:
+        """The entries of all layers of the stage, where they can be there `at_once`; raises as `held`."""
+        with ExitStack() as layers:
+            for i in range(len(self.residency.moments)):
+                for wave in self.residency.waves(i):
+                    layers.enter_context(self.held(i, wave))
+            yield
 
     def _wake(self) -> None:
         """Wake the reading thread if there is something to do: waking costs more than all bookkeeping of a layer."""
