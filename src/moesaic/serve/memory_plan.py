@@ -197,9 +197,7 @@ def plan(
         least_budget=least,
         weights=weights,
         device=device or "",
-        host=0
-        if device is None
-        else _host(host_memory, needs.all_experts, needs.all_experts - given, needs.least_experts),
+        host=0 if device is None else _host(host_memory, needs, needs.all_experts - given),
     )
     return _with_comments(result, needs, savings, given_context=context is not None, given_experts=fixed is not None)
 
