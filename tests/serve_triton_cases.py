@@ -15,8 +15,9 @@ from moesaic.serve.attention import Scores, Segment
 from moesaic.serve.graphs import StepGraphs
 from moesaic.serve.kernel_experts import KernelExperts
 from moesaic.serve.kv import KVPool, KVShape
+from moesaic.serve.layers import Rotation
 from moesaic.serve.request import ExpertControl
-from moesaic.serve.triton_attention import attend
+from moesaic.serve.triton_attention import attend, place
 from serving import alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -53,6 +54,24 @@ def test_attention_is_that_of_each_token_alone(dtype, heads, groups, width, scor
         torch.testing.assert_close(found[row].float(), wanted, rtol=tolerance, atol=tolerance)
         single = [each[row : row + 1] for each in place]
         assert torch.equal(attend(query[row : row + 1], keys, values, *single, scores)[0], found[row])
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 16), (3, 1, 20), (2, 2, 64)])
+def test_tokens_are_rotated_and_placed(heads, groups, width):
+    torch.manual_seed(0)
+    keys, values = (torch.zeros(3, groups, 50, width, device=DEVICE) for _ in "kv")
+    qkv = torch.randn(2, heads + 2 * groups, width, device=DEVICE)
+    angle = torch.rand(1, 2, width // 2, device=DEVICE).mul(6.0).repeat(1, 1, 2)
+    angles = angle.cos(), angle.sin()
+    slots, positions = [2, 0], [7, 49]
+    where = tuple(torch.tensor(x, device=DEVICE) for x in (slots, positions))
+    query = place(qkv, heads, angles, (keys, values), where)
+    turned = Rotation().turn(qkv[:, : heads + groups], angles)
+    torch.testing.assert_close(query, turned[:, :heads], rtol=1e-5, atol=1e-6)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        torch.testing.assert_close(keys[slot, :, position], turned[row, heads:], rtol=1e-5, atol=1e-6)
+        assert torch.equal(values[slot, :, position], qkv[row, heads + groups :])
+    assert int((keys != 0).any(-1).sum()) == int((values != 0).any(-1).sum()) == 2 * groups
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------

@@ -100,6 +100,14 @@ class TokenAttention:
         query_BHD = query_BHD.contiguous()
         return triton_attention.attend(query_BHD, *self.pool.matrices(layer), self.slot_B, self.pos_B, scores)
 
+    def turn_and_attend(
+        self, layer: int, qkv_BAD: Tensor, heads: int, angles: tuple[Tensor, Tensor], scores: Scores
+    ) -> Tensor:
+        """As `attend`, of queries, keys and values side by side that have not been rotated."""
+        matrices, where = self.pool.matrices(layer), (self.slot_B, self.pos_B)
+        query_BHD = triton_attention.place(qkv_BAD, heads, angles, matrices, where)
+        return triton_attention.attend(query_BHD, *matrices, *where, scores)
+
 
 class RaggedAttention:
     """The attention of one step: where its tokens go, and whom each may see."""

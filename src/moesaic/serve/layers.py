@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.serve import attention
-from moesaic.serve.attention import Scores
+from moesaic.serve.attention import Scores, TokenAttention
 from moesaic.serve.norms import FusedRMSNorm
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest number; roundings, far below another formula
@@ -80,8 +80,12 @@ class FusedLayer(nn.Module):
         qk, value = qkv[:, : self.heads + self.groups], qkv[:, self.heads + self.groups :]
         if self.scale_AK is not None:
             qk = F.rms_norm(qk, (self.width,), eps=self.eps) * self.scale_AK
-        qk = self.rotation.turn(qk, position_embeddings)
-        attended = step.attend(self.index, qk[:, : self.heads], qk[:, self.heads :], value, self.scores)
+        if isinstance(step, TokenAttention):
+            qkv = qkv if self.scale_AK is None else torch.cat((qk, value), 1)
+            attended = step.turn_and_attend(self.index, qkv, self.heads, position_embeddings, self.scores)
+        else:
+            qk = self.rotation.turn(qk, position_embeddings)
+            attended = step.attend(self.index, qk[:, : self.heads], qk[:, self.heads :], value, self.scores)
         hidden_states = hidden_states + out(attended.reshape(1, len(attended), -1))
         return hidden_states + ffn(ffn_norm(hidden_states))
 

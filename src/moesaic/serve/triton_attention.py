@@ -27,6 +27,9 @@ MOST_PARTS = 64
 BLOCK = 64  # keys of one product
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class Sizes(NamedTuple):
     """What the kernels are compiled for."""
 
@@ -66,23 +69,89 @@ def attend(query_BHD: Tensor, keys: Tensor, values: Tensor, slot_B: Tensor, pos_
     )
     launch = _kernels()
     sums = torch.empty(tokens, heads, sizes.parts, width, dtype=torch.float32, device=query_BHD.device)
-    stats = torch.empty(2, tokens, heads, sizes.parts, dtype=torch.float32, device=query_BHD.device)
+    tops, totals = torch.empty(2, tokens, heads, sizes.parts, dtype=torch.float32, device=query_BHD.device)
     out_BHD = torch.empty_like(query_BHD)
     cap = 0.0 if scores.cap is None else float(scores.cap)
     with torch.cuda.device_of(query_BHD):
         launch["attend_part"][(tokens * groups, sizes.parts)](
-            query_BHD, keys, values, slot_B, pos_B, sums, stats[0], stats[1], scores.scale, cap, SIZES=sizes
+            query_BHD, keys, values, slot_B, pos_B, (sums, tops, totals), scores.scale, cap, SIZES=sizes
         )
-        launch["attend_whole"][(tokens * heads,)](sums, stats[0], stats[1], pos_B, out_BHD, SIZES=sizes)
+        launch["attend_whole"][(tokens * heads,)]((sums, tops, totals), pos_B, out_BHD, SIZES=sizes)
     return out_BHD
+
+
+def place(qkv_BAD: Tensor, heads: int, angles: Pair, matrices: Pair, where: Pair) -> Tensor:
+    """Rotate queries and keys, and put keys and values where they belong; the queries (B, H, D).
+
+    qkv_BAD:  queries, keys and values of each token, A = H + 2 G. angles: cos and sin, (1, B, D) each.
+    matrices: keys and values, (S, G, T, D) each. where: slots and positions, (B,) each.
+    """
+    tokens, _, width = qkv_BAD.shape
+    _, groups, rows, _ = matrices[0].shape
+    query_BHD = torch.empty(tokens, heads, width, dtype=qkv_BAD.dtype, device=qkv_BAD.device)
+    cosine, sine = (angle.contiguous() for angle in angles)
+    with torch.cuda.device_of(query_BHD):
+        _kernels()["place_token"][(tokens, heads + 2 * groups)](
+            qkv_BAD.contiguous(),
+            (cosine, sine),
+            where,
+            query_BHD,
+            matrices,
+            rows,
+            HEADS=heads,
+            GROUPS=groups,
+            HALF=width // 2,
+            PADDED=max(16, 1 << (width // 2 - 1).bit_length()),
+        )
+    return query_BHD
 
 
 @cache
 def _kernels() -> dict[str, Any]:
-    return compiler(globals(), helpers=(), kernels=(attend_part, attend_whole))
+    return compiler(globals(), helpers=(), kernels=(place_token, attend_part, attend_whole))
 
 
-def attend_part(query, keys, values, slot_B, pos_B, sums, tops, totals, scale, cap, SIZES: tl.constexpr):
+def place_token(
+    qkv, angles, where, query, matrices, rows, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """One head of a token: (one, two) cos + (-two, one) sin, as it came for values, to where it belongs."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    cosine, sine = angles
+    slot_B, pos_B = where
+    keys, values = matrices
+    column = tl.arange(0, PADDED)
+    inside = column < HALF
+    at = qkv + (token * (HEADS + 2 * GROUPS) + head) * 2 * HALF + column
+    one = tl.load(at, mask=inside, other=0.0)
+    two = tl.load(at + HALF, mask=inside, other=0.0)
+    if head < HEADS + GROUPS:
+        angle = token * 2 * HALF + column
+        cos_one = tl.load(cosine + angle, mask=inside, other=0.0).to(tl.float32)
+        cos_two = tl.load(cosine + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+        sin_one = tl.load(sine + angle, mask=inside, other=0.0).to(tl.float32)
+        sin_two = tl.load(sine + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+        wide_one = one.to(tl.float32)
+        wide_two = two.to(tl.float32)
+        one = (wide_one * cos_one - wide_two * sin_one).to(one.dtype)
+        two = (wide_two * cos_two + wide_one * sin_two).to(two.dtype)
+    if head < HEADS:
+        to = query + (token * HEADS + head) * 2 * HALF + column
+        tl.store(to, one, mask=inside)
+        tl.store(to + HALF, two, mask=inside)
+    else:
+        group = (head - HEADS) % GROUPS
+        row = (tl.load(slot_B + token).to(tl.int64) * GROUPS + group) * rows + tl.load(pos_B + token)
+        if head < HEADS + GROUPS:
+            tl.store(keys + row * 2 * HALF + column, one, mask=inside)
+            tl.store(keys + row * 2 * HALF + HALF + column, two, mask=inside)
+        else:
+            tl.store(values + row * 2 * HALF + column, one, mask=inside)
+            tl.store(values + row * 2 * HALF + HALF + column, two, mask=inside)
+
+
+def attend_part(query, keys, values, slot_B, pos_B, found, scale, cap, SIZES: tl.constexpr):
     """Of one token and the heads that share keys: weighted values (D) of one part, its top score and sum of weights."""
     ROWS: tl.constexpr = SIZES.rows
     WIDTH: tl.constexpr = SIZES.width
@@ -96,6 +165,7 @@ def attend_part(query, keys, values, slot_B, pos_B, sums, tops, totals, scale, c
     FOLDED: tl.constexpr = SIZES.folded
     PADDED: tl.constexpr = SIZES.padded
     WIDEN: tl.constexpr = SIZES.widen
+    sums, tops, totals = found
     token = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
     part = tl.program_id(1)
@@ -149,13 +219,14 @@ def attend_part(query, keys, values, slot_B, pos_B, sums, tops, totals, scale, c
         tl.store(sums + place[:, None] * WIDTH + column[None, :], sum_HD, mask=real_H[:, None] & inside[None, :])
 
 
-def attend_whole(sums, tops, totals, pos_B, out, SIZES: tl.constexpr):
+def attend_whole(found, pos_B, out, SIZES: tl.constexpr):
     """One head of a token: the parts that hold keys it sees, put together."""
     WIDTH: tl.constexpr = SIZES.width
     PARTS: tl.constexpr = SIZES.parts
     PART_KEYS: tl.constexpr = SIZES.part
     PADDED: tl.constexpr = SIZES.padded
     HEADS: tl.constexpr = SIZES.heads
+    sums, tops, totals = found
     place = tl.program_id(0)
     end = tl.load(pos_B + place // HEADS).to(tl.int32) + 1
     column = tl.arange(0, PADDED)
