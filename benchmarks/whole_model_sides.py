@@ -59,8 +59,8 @@ class Forward:
 
     @torch.inference_mode()
     def __call__(self, cell: Cell, ids: Tensor) -> Timing:
-        cache = self._context(cell, ids)
         ids = ids.to(self.device)
+        cache = self._context(cell, ids)
         begin, seconds, experts = 0 if cell.kind == "prefill" else cell.context, [], []
         gc.collect()
         gc.disable()

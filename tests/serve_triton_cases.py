@@ -9,7 +9,10 @@ import os
 import pytest
 import torch
 
+from families import tiny
 from moesaic.experts.compute import TokenGroups
+from moesaic.models.attach import attach
+from moesaic.models.ffn_sites import find_ffn_sites
 from moesaic.serve import attention
 from moesaic.serve.attention import Scores, Segment
 from moesaic.serve.graphs import StepGraphs
@@ -18,7 +21,7 @@ from moesaic.serve.kv import KVPool, KVShape
 from moesaic.serve.layers import Rotation
 from moesaic.serve.request import ExpertControl
 from moesaic.serve.triton_attention import attend, place
-from serving import alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
+from serving import alone, ask, ask_all, engine, greedy, letters, prompts, reference, served_folder
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 TOKENS = 6
@@ -132,6 +135,17 @@ def test_other_families(tmp_path, family):
     for share in (1.0, 0.6):
         with engine(folder, device=DEVICE.type, memory="1GiB", experts=share) as own:
             assert ask_all(own, asked, greedy(TOKENS)) == [alone(model, prompt, TOKENS) for prompt in asked]
+
+
+def test_a_dense_model_is_served_as_one_expert(tmp_path):
+    dense = tiny("llama")
+    masks = [torch.ones(1, site.width, dtype=torch.bool) for site in find_ffn_sites(dense)]
+    attach(dense, masks, ["all"]).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    asked = prompts(3, longest=12)
+    with engine(tmp_path, device=DEVICE.type, memory="1GiB") as own:
+        assert own.runner.machine.backbone.graphs.usable
+        assert ask_all(own, asked, greedy(TOKENS)) == [alone(dense, prompt, TOKENS) for prompt in asked]
 
 
 def test_sampling_and_expert_control_are_the_hosts(folder):
