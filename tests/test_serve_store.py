@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from moesaic.errors import MoesaicError
+from moesaic.schedule.eviction import LRU
+from moesaic.schedule.predict import Null
+from moesaic.schedule.residency import Residency
+from moesaic.schedule.work import Key, Known, Layout, WorkItem
 from moesaic.serve.arena import PAGE, Arena, resident_bytes
 from moesaic.serve.model_files import ModelFiles, expert_entries, read_json
-from moesaic.serve.store import ExpertMemory, Piece, merged
+from moesaic.serve.store import ExpertMemory, ExpertStore, Piece, merged
 from serving import alone, ask, ask_all, engine, greedy, prompts, reference, served_folder
 
 MIB = 2**20
@@ -30,6 +34,22 @@ def memory_of(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertMemory:
     files = ModelFiles(folder)
     _, parts = expert_entries(read_json(folder / "config.json"), files, dtype.itemsize)
     return ExpertMemory(files, parts, dtype)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_steps_with_all_entries_are_counted_as_the_residency_does(steps):
+    """Each step has a request for each number in it, at that expert."""
+    keys = [[Key(layer, unit) for unit in range(4)] for layer in range(2)]
+    entries = {(layer, e): (keys[layer][e], keys[layer][3]) for layer in range(2) for e in range(3)}
+    layout = Layout(entries, {key: 10 + key.unit for own in keys for key in own})
+    routes = [layout.calls([{e: 1}, {e: 1}]) for e in range(3)]
+    plain, kept = (Residency(layout, 1000, LRU, Null(), preload=sorted(layout.bytes)) for _ in "ab")
+    store = ExpertStore(None, lambda left: kept)  # moves nothing
+    for number, experts in enumerate(steps):
+        items = [WorkItem(r, number, "decode", 1, routes[e], Known.STEP) for r, e in enumerate(experts)]
+        plain.pass_by(items)
+        store.passed(items)
+        assert kept.tally == plain.tally and kept.stage == plain.stage
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ class Runner:
         items = [item for _, item in staged]
         with self._books(), self.machine.store.lock() as residency:
             if complete := self.machine.store.complete:
-                residency.pass_by(items)
+                self.machine.store.passed(items)
             else:
                 residency.begin(items, again, lambda request: self._stages(self.batcher.ready[request]))
                 residency.ahead(0)

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from moesaic.errors import MoesaicError
 from moesaic.files import human_bytes
-from moesaic.schedule.cache import Transfer
+from moesaic.schedule.cache import Tally, Transfer
 from moesaic.schedule.residency import Residency
-from moesaic.schedule.work import Call, Key, keys_of
+from moesaic.schedule.work import Call, Key, WorkItem, keys_of, moments
 from moesaic.serve.arena import PAGE, Arena
 from moesaic.serve.model_files import ModelFiles, Part
 
@@ -256,6 +256,7 @@ class ExpertStore:
         self._next_batch: Transfer | None = None  # begins the one after
         self._deaths = 0  # of the reading thread, since it last brought something
         self._closed = False
+        self._sums: dict[tuple[tuple[int, int], ...], Tally] = {}  # of the experts of a step, tokens left out
         self._thread: threading.Thread | None = None
         self.on_left: Callable[[Key], None] = lambda key: None  # what else must know, on the engine's thread
         self.residency = residency(self._left)
@@ -316,6 +317,28 @@ class ExpertStore:
             with self._changed:
                 self.residency.release(wave)
             self.books_s += time.perf_counter() - begin
+
+    def passed(self, items: Sequence[WorkItem]) -> None:
+        """A stage while `complete`, counted as `Residency.pass_by` does. Under the lock.
+
+        A step uses hundreds of entries, always all of the same experts: what these add up to is kept.
+        """
+        routes = moments(items)
+        experts = tuple(call[:2] for calls in routes for call in calls)
+        kept = self._sums.get(experts)
+        if kept is None:
+            kept, layout = Tally(), self.residency.layout
+            for calls in routes:
+                kept.count([call._replace(tokens=0) for call in calls], layout.bytes.keys(), layout.bytes)
+            self._sums[experts] = kept
+        tokens = sum(call.tokens for calls in routes for call in calls)
+        tally = self.residency.pools[0].tally
+        for name, count in vars(kept).items():
+            if count:
+                setattr(tally, name, getattr(tally, name) + count)
+        tally.tokens += tokens
+        tally.token_hits += tokens
+        self.residency.stage += 1
 
     def at_once(self) -> bool:
         """Whether the entries of all layers of the stage can be there together."""
