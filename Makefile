@@ -57,8 +57,9 @@ bench: $(VENV)/.test ## measure the printed numbers; TRACE=file.trace adds the p
 	$(BIN)/python benchmarks/affinity.py --seeds 2 --limit 20 --out benchmarks/results/affinity.json
 	$(if $(TRACE),$(BIN)/python benchmarks/policy_lab.py --trace $(TRACE) --out benchmarks/results/policy_lab.json)
 
-bench-gpu: $(VENV)/.test ## time the Triton kernels on a GPU; says so where there is none
+bench-gpu: $(VENV)/.test ## time the Triton kernels and whole models on a GPU; says so where there is none
 	$(BIN)/python benchmarks/gpu_blocks.py --out benchmarks/results/gpu_blocks.json
+	$(BIN)/python benchmarks/whole_model.py --device cuda --model 1b --sides dense moe engine engine-dense --chunk 2048 --rounds 3 --out benchmarks/results/whole_model-gpu.json
 
 clean: ## remove caches and build products, keep .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -83,6 +83,8 @@ def sides_of(blocks: ChannelBlocks, torch_grouped: GroupedMM | None, x: Tensor, 
         "grouped": lambda: compute.grouped(blocks, x, groups),
         "grouped_prefill": lambda: triton_blocks.grouped_prefill(blocks, x, groups),
     }
+    if len(x) == 1:
+        sides["token_decode"] = lambda: triton_blocks.token_decode(blocks, x, groups)
     if len(x) <= triton_blocks.DECODE_TOKENS:
         sides["masked_decode"] = lambda: triton_blocks.masked_decode(blocks, x, groups)
     if torch_grouped is not None:
@@ -144,7 +146,7 @@ def measure(blocks: ChannelBlocks, all_tokens: tuple[int, ...], rounds: int) -> 
 
 def table_of(found: dict[str, Any]) -> Table:
     """Microseconds of each side and its share of what limits it: bandwidth in decode, the product in prefill."""
-    names = ("masked", "grouped", "grouped_mm", "masked_decode", "grouped_prefill")
+    names = ("masked", "grouped", "grouped_mm", "token_decode", "masked_decode", "grouped_prefill")
     table = Table("tokens", *names, title=f"{found['device']}: µs, and share of bandwidth (b) or peak (p)")
     for row in found["rows"]:
         limit = "bandwidth" if row["tokens"] <= triton_blocks.DECODE_TOKENS else "peak"

@@ -379,4 +379,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command(parse(), run, tables)
+    if (args := parse()).device.startswith("cuda") and not torch.cuda.is_available():
+        Console().print("whole_model: not run, there is no GPU that torch can use")
+    else:
+        command(args, run, tables)

@@ -43,10 +43,11 @@ def test_kernels_compute_what_the_plain_paths_do(where):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_benchmark_says_that_it_was_not_run():
-    command = [sys.executable, "benchmarks/gpu_blocks.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "gpu_blocks: not run, there is no GPU that torch can use\n"
+@pytest.mark.parametrize("command", [["gpu_blocks"], ["whole_model", "--device", "cuda"]], ids=lambda each: each[0])
+def test_benchmarks_say_that_they_were_not_run(command):
+    line = [sys.executable, f"benchmarks/{command[0]}.py", *command[1:]]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"{command[0]}: not run, there is no GPU that torch can use\n"
 
 
 # -- compiled -------------------------------------------------------------------------------------------------------

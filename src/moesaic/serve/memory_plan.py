@@ -57,7 +57,7 @@ class MemoryPlan:
     kv:            keys and values at first, for `requests` requests of full context; kv_full: for max_requests.
     kernels:       what compiled kernels grow to at most, part of the buffers.
     weights:       what matrices are kept in.
-    device:        where all this is, "" = main memory. host: main memory for experts that the device does not hold.
+    device:        where all this is, "" = main memory. host: main memory for experts, if there is a device.
     least_budget:  less cannot work with this context, these experts and this dtype.
     problems:      what does not fit though it works; advice: what to change.
     """
