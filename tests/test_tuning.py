@@ -127,6 +127,18 @@ def test_training_ignores_the_table(table):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_compiled_code_is_one_piece_whatever_the_table_says(table, dtype):
+    blocks, _ = make(MASK)
+    blocks = blocks.to(dtype)
+    shape = tuning.blocks_shape(blocks)
+    prefer(table, shape, "masked_prepacked", "prepacked", "packed", "masked")
+    x, expert = torch.randn(4, 7).to(dtype), torch.tensor([0, 1, 0, 1])
+    compiled = torch.compile(lambda x, expert: blocks(x, expert), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, expert), BACKENDS["masked"].path(blocks, x, TokenGroups(expert)))
+
+
 def test_off_means_constants(table, monkeypatch):
     blocks, _ = make(MASK)
     prefer(table, tuning.blocks_shape(blocks), "prepacked")

@@ -99,6 +99,8 @@ def choose(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     """The path for these tokens."""
     if torch.is_grad_enabled():
         return compute.grouped_autograd if blocks.untied else compute.masked
+    if torch.compiler.is_compiling():  # which knows neither copies nor oneDNN's own order
+        return compute.grouped if blocks.untied else compute.masked
     if triton_blocks.suits(blocks):
         return triton_blocks.kernel_for(len(groups.expert_N))
     if blocks.up.device.type == "cpu" and (path := _measured(blocks, groups)) is not None:
