@@ -148,6 +148,31 @@ def test_off_means_constants(table, monkeypatch):
     assert choose(blocks, groups) is BACKENDS["packed"].path
 
 
+@pytest.mark.skipif(not packed.available(torch.bfloat16), reason="needs oneDNN's products in bfloat16")
+@torch.no_grad()
+def test_constants_in_bfloat16_leave_room_for_all_channels(table):
+    """One copy of all channels serves every mixture, so copies of experts are made only beside it."""
+    blocks, _ = make(MASK)
+    blocks = blocks.bfloat16()
+    one, all_experts = TokenGroups(torch.zeros(2, dtype=torch.long)), TokenGroups(torch.arange(8) % 4)
+    whole, expert = blocks.copy_bytes(None), blocks.copy_bytes(0)
+    rooms = {
+        0: ("grouped", "masked"),
+        whole: ("masked_prepacked", "masked_prepacked"),
+        whole + expert: ("prepacked", "masked_prepacked"),
+    }
+    for limit, names in rooms.items():
+        blocks.copies.clear()
+        blocks.copies.limit = limit
+        for groups, name in zip((one, all_experts), names, strict=True):
+            assert choose(blocks, groups) is BACKENDS[name].path
+            blocks(torch.randn(len(groups.expert_N), 7).bfloat16(), groups)
+        assert blocks.copies.bytes <= limit
+    blocks.copies.clear()
+    many = TokenGroups(torch.arange(600) % 4)
+    assert choose(blocks, many) is BACKENDS["grouped"].path, "experts one by one, copies of all do not fit"
+
+
 @torch.no_grad()
 def test_constants_keep_the_limit():
     blocks, _ = make(MASK)

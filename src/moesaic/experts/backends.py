@@ -23,6 +23,9 @@ GROUP_TOKENS, SMALL_GROUP_TOKENS = 48, 128
 # tenth faster. Larger ones are not worth the memory unless measured, or in bfloat16, where several small products run
 # at half the rate of one (benchmarks/ffn_floor.py): there, without copies, sorting pays as late as for small experts.
 COPY_LIMIT = 8 * 2**20  # bytes
+# In bfloat16 products in oneDNN's own order take two thirds of the time, so copies are made of that: first one of all
+# channels, which serves any mixture of experts, below this many tokens an expert also faster than sorting.
+PREPACKED_TOKENS = 20
 
 CopyOf = tuple[int | None, bool]
 """Expert, None = all stored channels; whether packed."""
@@ -112,13 +115,24 @@ def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     """The path where nothing was measured."""
     if blocks.layout.is_whole:
         return compute.masked
-    used, small = groups.used, blocks.expert_bytes <= COPY_LIMIT
+    used, small, tokens = groups.used, blocks.expert_bytes <= COPY_LIMIT, len(groups.expert_N)
     half = blocks.up.dtype != torch.float32
-    copied = (small or half) and BACKENDS["packed"].affordable(blocks, used)
+    if ordered := half and not blocks.untied and _onednn(blocks):
+        by_expert = len(used) == 1 or tokens >= PREPACKED_TOKENS * len(used)
+        if by_expert and _fit(blocks, [None, *used]):
+            return compute.prepacked
+        if tokens < GROUP_TOKENS * len(used) and _fit(blocks, [None]):
+            return compute.masked_prepacked
+    copied = (small or half) and not ordered and BACKENDS["packed"].affordable(blocks, used)
     least = SMALL_GROUP_TOKENS if small or (half and not copied) else GROUP_TOKENS
-    if len(used) > 1 and len(groups.expert_N) < least * len(used) and not blocks.untied:
+    if len(used) > 1 and tokens < least * len(used) and not blocks.untied:
         return compute.masked
     return compute.packed if copied else compute.grouped
+
+
+def _fit(blocks: "ChannelBlocks", copies: Sequence[int | None]) -> bool:
+    """Whether packed copies of these experts, or of all channels (None), are there or fit into the limit together."""
+    return blocks.copies.fits(blocks, [((expert, True), blocks.copy_bytes(expert)) for expert in copies])
 
 
 def _measured(blocks: "ChannelBlocks", groups: TokenGroups) -> Path | None:
