@@ -119,6 +119,20 @@ def test_copies_of_one_kind_leave_no_room_for_another(table):
     assert choose(blocks, TokenGroups(alone)) is BACKENDS["prepacked"].path, "what is there is used"
 
 
+@torch.no_grad()
+def test_copies_of_experts_leave_room_for_all_channels_where_that_is_best_for_mixtures(table):
+    blocks, _ = make(MASK)
+    whole, expert = blocks.copy_bytes(None), blocks.copy_bytes(0)
+    shape = tuning.blocks_shape(blocks)
+    alone, mixed = {"prepacked": 1.0, "masked": 3.0}, {"masked_prepacked": 1.0, "masked": 3.0}
+    cells = {(tokens, 1): alone for tokens in measure.TOKENS} | {(tokens, 4): mixed for tokens in measure.TOKENS}
+    table.save(shape, cells)
+    one = TokenGroups(torch.zeros(2, dtype=torch.long))
+    for limit, name in ((expert, "prepacked"), (whole, "masked"), (whole + expert, "prepacked")):
+        blocks.copies.limit = limit
+        assert choose(blocks, one) is BACKENDS[name].path
+
+
 def test_training_ignores_the_table(table):
     blocks, _ = make(MASK)
     prefer(table, tuning.blocks_shape(blocks), "prepacked")
@@ -158,6 +172,7 @@ def test_constants_in_bfloat16_leave_room_for_all_channels(table):
     whole, expert = blocks.copy_bytes(None), blocks.copy_bytes(0)
     rooms = {
         0: ("grouped", "masked"),
+        expert: ("prepacked", "masked"),
         whole: ("masked_prepacked", "masked_prepacked"),
         whole + expert: ("prepacked", "masked_prepacked"),
     }

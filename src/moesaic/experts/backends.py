@@ -50,10 +50,11 @@ class Backend:
         """Bytes of the copies it takes beside the stored weights for tokens of the experts `used`."""
         return sum(blocks.copy_bytes(expert) for expert, _ in self.copies(used))
 
-    def affordable(self, blocks: "ChannelBlocks", used: Sequence[int]) -> bool:
-        """Whether its copies are there or fit into the limit."""
+    def affordable(self, blocks: "ChannelBlocks", used: Sequence[int], beside: Sequence[CopyOf] = ()) -> bool:
+        """Whether its copies are there or fit into the limit, together with those `beside` them."""
         wanted = self.copies(used)
-        return not wanted or blocks.copies.fits(blocks, [(key, blocks.copy_bytes(key[0])) for key in wanted])
+        keys = {*wanted, *beside}
+        return not wanted or blocks.copies.fits(blocks, [(key, blocks.copy_bytes(key[0])) for key in keys])
 
 
 def _onednn(blocks: "ChannelBlocks") -> bool:
@@ -119,9 +120,9 @@ def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     half = blocks.up.dtype != torch.float32
     if ordered := half and not blocks.untied and _onednn(blocks):
         by_expert = len(used) == 1 or tokens >= PREPACKED_TOKENS * len(used)
-        if by_expert and _fit(blocks, [None, *used]):
+        if by_expert and BACKENDS["prepacked"].affordable(blocks, used, _all_channels(blocks)):
             return compute.prepacked
-        if tokens < GROUP_TOKENS * len(used) and _fit(blocks, [None]):
+        if tokens < GROUP_TOKENS * len(used) and BACKENDS["masked_prepacked"].affordable(blocks, used):
             return compute.masked_prepacked
     copied = (small or half) and not ordered and BACKENDS["packed"].affordable(blocks, used)
     least = SMALL_GROUP_TOKENS if small or (half and not copied) else GROUP_TOKENS
@@ -130,17 +131,21 @@ def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     return compute.packed if copied else compute.grouped
 
 
-def _fit(blocks: "ChannelBlocks", copies: Sequence[int | None]) -> bool:
-    """Whether packed copies of these experts, or of all channels (None), are there or fit into the limit together."""
-    return blocks.copies.fits(blocks, [((expert, True), blocks.copy_bytes(expert)) for expert in copies])
+def _all_channels(blocks: "ChannelBlocks") -> Sequence[CopyOf]:
+    """The copy that serves every mixture of experts; copies of single ones leave it its room, if it has any."""
+    limit = blocks.copies.limit_for(blocks)
+    return BACKENDS["masked_prepacked"].copies(()) if limit is None or blocks.copy_bytes(None) <= limit else ()
 
 
 def _measured(blocks: "ChannelBlocks", groups: TokenGroups) -> Path | None:
     """The fastest measured path that can be had; None where this shape was not measured."""
     shape = tuning.blocks_shape(blocks)
     used = [0] if blocks.layout.is_whole else groups.used
+    experts = blocks.layout.experts
+    mixed = tuning.ranking(shape, 2 * experts, experts)
+    beside = _all_channels(blocks) if mixed[:1] == ("masked_prepacked",) else ()
     for name in tuning.ranking(shape, len(groups.expert_N), len(used)):
         backend = BACKENDS.get(name)
-        if backend is not None and backend.suits(blocks) and backend.affordable(blocks, used):
+        if backend is not None and backend.suits(blocks) and backend.affordable(blocks, used, beside):
             return backend.path
     return None
