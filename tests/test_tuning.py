@@ -46,6 +46,17 @@ def prefer(table, shape, *names):
     table.save(shape, {(tokens, used): row for tokens in measure.TOKENS for used in (1, 2, 4)})
 
 
+@torch.no_grad()
+def test_rows_of_experts_are_few_numbers_in_bfloat16(monkeypatch):
+    """oneDNN compiles a kernel for every number of rows: of experts these change with every prompt."""
+    blocks, _ = make(MASK)
+    blocks, seen, plain = blocks.bfloat16(), set(), ChannelBlocks.activate
+    monkeypatch.setattr(ChannelBlocks, "activate", lambda own, x, *rest: seen.add(len(x)) or plain(own, x, *rest))
+    for tokens in range(40, 60):
+        BACKENDS["grouped"].path(blocks, torch.randn(tokens, 7).bfloat16(), TokenGroups(torch.arange(tokens) % 4))
+    assert seen == {12, 16}
+
+
 # -- every backend is right -----------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from moesaic.experts.buckets import bucket
 
 if TYPE_CHECKING:
     from moesaic.experts.channel_blocks import ChannelBlocks
@@ -107,10 +110,13 @@ def grouped(blocks: "ChannelBlocks", x_ND: Tensor, groups: TokenGroups) -> Tenso
     """Each expert's runs, straight from the stored blocks."""
 
     def run(expert: int, x: Tensor) -> Tensor:
+        rows = len(x)
+        if x.dtype != torch.float32 and x.device.type == "cpu":  # a kernel is compiled for every number of rows
+            x = F.pad(x, (0, 0, 0, bucket(rows) - rows))
         out = torch.zeros_like(x)
         for start, stop in blocks.layout.runs(expert):
             out.addmm_(blocks.activate(x, *blocks.rows(start, stop)), blocks.down[start:stop])
-        return out
+        return out[:rows]
 
     return blocks.finish(_by_expert(x_ND, groups, run))
 
