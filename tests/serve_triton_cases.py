@@ -6,6 +6,7 @@ tokens are CUDA graphs.
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from moesaic.serve.kernel_experts import KernelExperts
 from moesaic.serve.kv import KVPool, KVShape
 from moesaic.serve.layers import Rotation
 from moesaic.serve.request import ExpertControl
+from moesaic.serve.step import Part
 from moesaic.serve.triton_attention import attend, place
 from serving import alone, ask, ask_all, engine, greedy, letters, prompts, reference, served_folder
 
@@ -126,6 +128,21 @@ def test_tokens_are_those_of_generate(folder, wanted, setting, monkeypatch):
         before = len(replays)
         assert ask_all(own, wanted[0], greedy(TOKENS)) == wanted[1]
         assert len(replays) > before
+
+
+def test_a_prompt_that_ends_a_step_with_one_token_answers_only_at_its_end(folder):
+    parts = [
+        Part(slot, 0, [5 + slot], np.array([slot], np.int16), prompt=True, last=last)
+        for slot, last in enumerate((False, True, False, True))
+    ]
+    parts[3].experts[0] = 1
+    with engine(folder, device=DEVICE.type, memory="1GiB") as own:
+        backbone = own.runner.machine.backbone
+        found = backbone.run(parts, complete=True).clone()
+        backbone.graphs = None
+        wanted = backbone.run(parts, complete=True)
+    assert len(wanted) == 2
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "untied"])

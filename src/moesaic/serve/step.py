@@ -166,7 +166,9 @@ class Backbone:
     def _replay(self, parts: Sequence[Part]) -> Tensor:
         assert self.graphs is not None
         columns = [(part.ids[0], part.slot, part.past, int(part.experts[0])) for part in parts]
-        return self.graphs(list(zip(*columns, strict=True)))
+        logits_BV = self.graphs(list(zip(*columns, strict=True)))
+        wanted = [row for row, part in enumerate(parts) if part.last]
+        return logits_BV if len(wanted) == len(parts) else logits_BV[wanted]  # not after a prompt's middle
 
     def forward(self, parts: Sequence[Part]) -> Tensor:
         """Logits (R, V), where what stands in for experts knows what to run."""
