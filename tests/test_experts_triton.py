@@ -166,7 +166,7 @@ def test_token_tiles_hold_each_token_once_under_its_expert(experts, rows):
 @pytest.mark.parametrize("untied", [False, True])
 def test_owned_channels_are_those_of_the_mask(untied):
     layout, _ = layout_from_masks(MASK, untied=untied)
-    channels, begins = triton_blocks.owned_channels(layout, torch.device("cpu"))
+    channels, begins = ChannelBlocks(layout, 8, F.silu).owned(torch.device("cpu"))
     for expert in range(layout.experts):
         owned = channels[begins[expert] : begins[expert + 1]].tolist()
         assert owned == layout.mask()[expert].nonzero()[:, 0].tolist()

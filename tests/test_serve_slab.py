@@ -90,8 +90,9 @@ def check(memory: SlabMemory, whole: ExpertMemory, there: set) -> None:
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_entries_are_the_checkpoints_in_one_tier_at_a_time(folder, data):
-    room = data.draw(st.sampled_from([16 * PAGE, 24 * PAGE, 64 * PAGE, MIB]))
-    memory, whole = slab_memory(folder, room=room)
+    memory, whole = slab_memory(folder)
+    rooms = [max(map(memory.host.bytes, memory.host.parts)), memory.host.whole - PAGE, memory.host.whole]
+    memory, whole = slab_memory(folder, room=data.draw(st.sampled_from(rooms)))
     keys, there = sorted(memory.host.parts), set()
     for _ in range(data.draw(st.integers(1, 12))):
         chosen = data.draw(st.lists(st.sampled_from(keys), max_size=6))
@@ -107,12 +108,13 @@ def test_entries_are_the_checkpoints_in_one_tier_at_a_time(folder, data):
     memory.close()
 
 
-@pytest.mark.parametrize("room", [24 * PAGE, MIB])
-def test_what_left_is_read_from_main_memory_and_not_from_the_disk(folder, monkeypatch, room):
-    memory, whole = slab_memory(folder, room=room)
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_left_is_read_from_main_memory_and_not_from_the_disk(folder, monkeypatch, stays):
+    memory, whole = slab_memory(folder)
+    memory, whole = slab_memory(folder, room=memory.host.whole - (0 if stays else PAGE))
     keys = sorted(memory.host.parts)
     memory.load(*keys)
-    assert memory.stays == (room == MIB) == (memory.behind > 0)
+    assert memory.stays == stays == (memory.behind > 0)
     for key in keys[:4]:
         memory.release(key)
     behind = memory.behind

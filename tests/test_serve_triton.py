@@ -39,8 +39,9 @@ ATTENTION = {  # types of the kernels' arguments, as they are launched
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton only interprets in this process")
 @pytest.mark.parametrize("kernel", ATTENTION)
 @pytest.mark.parametrize(("dtype", "capability"), [("*fp32", 80), ("*bf16", 90)])
+@pytest.mark.parametrize("width", [64, 256])
 @pytest.mark.parametrize("window", [0, 100])
-def test_attention_compiles_for_a_gpu(kernel, dtype, capability, window, tmp_path, monkeypatch):
+def test_attention_compiles_for_a_gpu(kernel, dtype, capability, width, window, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -50,8 +51,11 @@ def test_attention_compiles_for_a_gpu(kernel, dtype, capability, window, tmp_pat
     words = {"x": dtype, "i": "*i64", "f": "*fp32"}
     types, constants = ATTENTION[kernel]
     types = [tuple(map(words.get, each)) if isinstance(each, tuple) else words.get(each, each) for each in types]
-    sizes = triton_attention.Sizes(8, 2, 16, 64, 64, 1024, 256, 4, 64, window, False)
+    block = triton_attention.block_of(width, 4 if dtype == "*fp32" else 2)
+    sizes = triton_attention.Sizes(8, 2, 16, width, width, 1024, 256, 4, block, window, False)
     constants = {**constants, "PADDED": 32} if constants else {"SIZES": sizes}
     signature = dict(zip(function.arg_names, types + ["constexpr"] * len(constants), strict=True))
     source = ASTSource(function, signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= 99 * 1024, "of the smallest GPUs"

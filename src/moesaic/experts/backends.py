@@ -122,7 +122,9 @@ def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
         by_expert = len(used) == 1 or tokens >= PREPACKED_TOKENS * len(used)
         if by_expert and BACKENDS["prepacked"].affordable(blocks, used, _all_channels(blocks)):
             return compute.prepacked
-        if tokens < GROUP_TOKENS * len(used) and BACKENDS["masked_prepacked"].affordable(blocks, used):
+        # Of a single narrow expert its own runs are less to read.
+        worth = len(used) > 1 or 3 * blocks.layout.expert_width(used[0]) >= blocks.layout.width
+        if worth and tokens < GROUP_TOKENS * len(used) and BACKENDS["masked_prepacked"].affordable(blocks, used):
             return compute.masked_prepacked
     copied = (small or half) and not ordered and BACKENDS["packed"].affordable(blocks, used)
     least = SMALL_GROUP_TOKENS if small or (half and not copied) else GROUP_TOKENS

@@ -71,6 +71,7 @@ class ChannelBlocks(nn.Module):
         self.register_parameter("up_bias", rows(up_bias, layout.width))
         self.register_parameter("down_bias", rows(down_bias, hidden))
         self._masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._owned: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.copies = Copies()
 
     @torch.no_grad()
@@ -108,6 +109,17 @@ class ChannelBlocks(nn.Module):
         if key not in self._masks:
             self._masks[key] = self.layout.mask().to(device=device, dtype=dtype)
         return self._masks[key]
+
+    def owned(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The experts' stored channels one after another, and (E + 1,) where each expert's begin; int32."""
+        if device not in self._owned:
+            layout = self.layout
+            runs = [
+                torch.arange(start, stop) for expert in range(layout.experts) for start, stop in layout.runs(expert)
+            ]
+            begins = torch.tensor([0, *map(layout.expert_width, range(layout.experts))]).cumsum(0)
+            self._owned[device] = torch.cat(runs).to(device, torch.int32), begins.to(device, torch.int32)
+        return self._owned[device]
 
     def rows(self, start: int, stop: int) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """gate, up and their biases for stored channels `start` to `stop`, views."""
@@ -162,7 +174,7 @@ class ChannelBlocks(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # Masks are derived: neither deepcopy nor a checkpoint should carry them. Copies see to themselves.
-        return {**super().__getstate__(), "_masks": {}}
+        return {**super().__getstate__(), "_masks": {}, "_owned": {}}
 
     def forward(self, x: Tensor, groups: TokenGroups | Tensor | None = None) -> Tensor:
         """(..., D) -> (..., D). `groups`: the expert of each of the N tokens; None = every stored channel is on."""

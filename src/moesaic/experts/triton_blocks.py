@@ -1,4 +1,4 @@
-"""Channel blocks on a GPU: two ways of `compute.py` as Triton kernels, for inference.
+"""Channel blocks on a GPU: three ways of `compute.py` as Triton kernels, for inference.
 
 token_decode      a single token through its expert's channels, hidden activations never stored.
 masked_decode     as `masked`, for few tokens. Each weight is read once for all tokens; tiles of channels that no
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import MoesaicError
-from moesaic.experts.layout import BlockLayout
 from moesaic.experts.triton_kernels import Tiling, kernels
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def refusal(blocks: "ChannelBlocks") -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # of each layer another object
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """Which of FUNCTIONS this is, by what it computes: the same function comes in many classes."""
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
@@ -216,7 +215,7 @@ def token_decode(blocks: "ChannelBlocks", x_1D: Tensor, groups: "TokenGroups", a
     width = x_1D.shape[1]
     programs = min(tiles.programs, _parts(blocks.layout.widest, tiles.channels))
     sums = torch.empty(programs, 1, width, dtype=torch.float32, device=x_1D.device)
-    owned, y = owned_channels(blocks.layout, x_1D.device), torch.empty_like(x_1D)
+    owned, y = blocks.owned(x_1D.device), torch.empty_like(x_1D)
     options = _options(blocks, tiles._replace(columns=1 << (width - 1).bit_length()), 1)
     with torch.cuda.device_of(x_1D):
         kernels()["token_part"][(programs,)](x_1D, at.first, at.down, at.rows, owned, groups.expert_N, sums, **options)
@@ -243,7 +242,7 @@ def grouped_prefill(blocks: "ChannelBlocks", x_ND: Tensor, groups: "TokenGroups"
     if not len(x_ND):
         return blocks.finish(torch.empty_like(x_ND))
     *_, up, down = launches(x_ND.dtype, x_ND.device)
-    owned = owned_channels(blocks.layout, x_ND.device)
+    owned = blocks.owned(x_ND.device)
     widest = max(blocks.layout.expert_width(expert) for expert in groups.used)
     step = max(up.channels, down.channels)
     stride = _parts(widest, step) * step
@@ -294,15 +293,6 @@ def interpreted() -> bool:
     import triton
 
     return not isinstance(kernels()["decode_sum"], triton.JITFunction)
-
-
-@lru_cache(maxsize=1024)  # a layout a layer
-def owned_channels(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The experts' stored channels one after another, and (E + 1,) where each expert's begin; int32."""
-    runs = [torch.arange(start, stop) for expert in range(layout.experts) for start, stop in layout.runs(expert)]
-    widths = [0, *map(layout.expert_width, range(layout.experts))]
-    begins = torch.tensor(widths).cumsum(0)
-    return torch.cat(runs).to(device, torch.int32), begins.to(device, torch.int32)
 
 
 def _checked(blocks: "ChannelBlocks", at: Stored, x_ND: Tensor) -> Tensor:

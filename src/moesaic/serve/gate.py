@@ -36,7 +36,7 @@ class Gate:
         self.graphs: StepGraphs | None = None
         if pregate is not None and pool is not None and triton_blocks.runs_on(pool.device):
             pregate.reach(pool.stride, pool.device)
-            self.graphs = StepGraphs(self._tokens, pool.device)
+            self.graphs = StepGraphs(self._tokens, pool.device, pool.slots)
             self.graphs.warm((0, 0, 0))
         self.device = torch.device("cpu") if pregate is None else pregate.head.weight.device
         self.filled = pregate is not None and any(isinstance(part, PackedLinear) for part in pregate.modules())
@@ -86,8 +86,9 @@ class Gate:
     @torch.inference_mode()
     def sampled(self, ids: Sequence[int], rows: Sequence[Segment], bias: Sequence[Tensor | None] = ()) -> Experts:
         """As `extend`, of newly sampled tokens: a step of one token for each of `rows`."""
-        if self.pool is None or self.pregate is None:
+        if self.pregate is None:
             return np.zeros(len(ids), np.int16)
+        assert self.pool is not None, "only prompts can be routed without keys"
         if self.graphs is None or not self.graphs.suits(len(ids)):
             return self.extend(ids, RaggedAttention(self.pool, rows), bias)
         logits = self.graphs((ids, [row.slot for row in rows], [row.past for row in rows]))

@@ -24,11 +24,13 @@ class StepGraphs:
 
     function: runs without waiting for the device, its answer has a row for each token. What fills up P repeats the
               first token: whatever that writes, it writes twice.
-    most:     the largest P. Devices without graphs call the function as it is.
+    most:     tokens that may come at once; P is a power of two, DECODE_TOKENS at most. Devices without graphs call the
+              function as it is.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device, most: int = DECODE_TOKENS) -> None:
-        self.function, self.device, self.most = function, device, most
+    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device, most: int) -> None:
+        self.function, self.device = function, device
+        self.most = min(DECODE_TOKENS, 1 << (most - 1).bit_length())
         self.usable = True
         self._captured: dict[int, _Captured] = {}
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run together
@@ -39,7 +41,7 @@ class StepGraphs:
 
     @torch.inference_mode()
     def __call__(self, columns: Sequence[Sequence[int]]) -> Tensor:
-        """columns: K sequences of B integers. The answer is overwritten by the next call of the same size."""
+        """columns: K sequences of B integers. The answer is overwritten by the next call."""
         tokens = len(columns[0])
         size = 1 << (tokens - 1).bit_length()
         integers_KP = torch.tensor([[*column, *[column[0]] * (size - tokens)] for column in columns])
@@ -55,7 +57,10 @@ class StepGraphs:
         while self.device.type == "cuda" and self.suits(size):
             try:
                 self([[integer] * size for integer in columns])
-            except RuntimeError as error:
+            except torch.cuda.OutOfMemoryError as error:
+                log.warning("steps of %d tokens run without a CUDA graph: %s", size, str(error).splitlines()[0])
+                self.most = size // 2
+            except Exception as error:  # triton has errors of its own
                 log.warning("steps run without CUDA graphs: %s", str(error).splitlines()[0])
                 self.usable = False
                 self._captured.clear()
@@ -78,7 +83,7 @@ class _Captured:
         device: torch.device,
         memory: Any,
     ) -> None:
-        self._host = integers_KP.pin_memory()
+        self._host, self._sent = integers_KP.pin_memory(), torch.cuda.Event()
         self._integers = integers_KP.to(device)
         side = _side(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -92,8 +97,9 @@ class _Captured:
             self._answer = function(self._integers)
 
     def __call__(self, integers_KP: Tensor) -> Tensor:
-        # Whoever called before has looked at the answer, so the pinned integers are not being read.
+        self._sent.synchronize()  # nobody may have looked at the last answer, and the integers still be on their way
         self._host.copy_(integers_KP)
         self._integers.copy_(self._host, non_blocking=True)
+        self._sent.record()
         self._graph.replay()
         return self._answer

@@ -22,8 +22,6 @@ def usable(blocks: ChannelBlocks, device: torch.device) -> bool:
 class KernelExperts:
     """As `BlockExperts`. at: where each stored channel lies on the device."""
 
-    own = False
-
     def __init__(self, blocks: ChannelBlocks, at: Stored) -> None:
         self.blocks, self.at = blocks, at
 

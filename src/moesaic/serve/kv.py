@@ -66,6 +66,11 @@ class KVPool:
         self.taken = 0
 
     @property
+    def slots(self) -> int:
+        """Requests that may run at a time."""
+        return len(self._slots)
+
+    @property
     def device(self) -> torch.device:
         """Where keys and values are."""
         return self._matrices[0].device

@@ -41,6 +41,9 @@ PASSING = 16 * 2**20  # bytes of main memory, beyond the largest entry, that ent
 # Of a device, for libraries: cuBLAS takes 32 MiB on an H200 for each of two streams, cuBLASLt likewise. Steps of single
 # tokens are captured for every power of two up to 64: logits of 127 rows in all, activations of the largest.
 LIBRARIES, CAPTURED = 160 * 2**20, 128
+# Partial sums of 64 tokens in float32: of attention, a query's width for each of 64 parts of a context; of an FFN, 512
+# programs by 128 columns, which are 1024 numbers for each such part.
+SUMS = 4 * 64 * 64
 SHARE = 0.8  # of the available memory, where no budget is given
 LEAST_CONTEXT = 2048  # tokens
 AT_ONCE = 2**24  # bytes of numbers in between while matrices are made small, see experts.lowbit
@@ -105,6 +108,7 @@ class Needs:
     fixed:     buffers that do not depend on the context; context_token: those that grow by every token of it.
     packs:     what packed copies of all experts take, alone and together; worth having, never needed.
     loading:   everything while the backbone is loaded, where that is more than it takes later.
+    paging:    what entries take in main memory beyond their bytes, behind a device.
     """
 
     dense: int
@@ -117,6 +121,7 @@ class Needs:
     least_experts: int
     model_context: int | None
     loading: int = 0
+    paging: int = 0
 
     def kv(self, context: int) -> int:
         """Keys and values of one request: a slot's pages, by head, in every layer."""
@@ -250,7 +255,7 @@ def _host(memory: int | str | None, needs: Needs, beyond: int) -> int:
     passing, room = needs.least_experts + PASSING, int(SHARE * available_bytes()) - BASE
     if not beyond:
         return passing
-    whole = needs.all_experts + passing
+    whole = needs.all_experts + needs.paging + passing
     return whole if room >= whole else max(min(room, beyond + passing), passing)
 
 
@@ -276,7 +281,7 @@ def needs_of(
 ) -> Needs:
     """What the model takes, with steps of `max_tokens` tokens and the logits of `max_requests`.
 
-    On a device: the driver and its libraries, which no one but they can bound, are not counted.
+    On a device: the driver, whose memory nobody can bound, is not counted.
     """
     item = ITEM_BYTES[dtype]
     layout, parts = expert_entries(config, files, item)
@@ -309,7 +314,7 @@ def needs_of(
             packs = sum(layout.bytes[key] for keys in layout.entries.values() for key in keys)
             packs += layout.total_bytes if config.get("layouts") else 0  # a layer's experts in one piece
     else:
-        base_bytes = LIBRARIES + CAPTURED * (token + vocab * item)
+        base_bytes = LIBRARIES + CAPTURED * (token + vocab * item) + SUMS * (shape.query + 1024)
     if bits is not None:
         loading, packs = BASE + dense + largest, 0
         # While an expert is made small it lies there as stored, in one piece, filled up, and small twice.
@@ -337,6 +342,7 @@ def needs_of(
         least_experts=least,
         model_context=_model_context(base),
         loading=loading,
+        paging=0 if device is None else _paging(layout, parts, files, item, least),
     )
 
 

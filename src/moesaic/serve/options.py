@@ -25,11 +25,11 @@ class EngineOptions:
     max_wait_s:    the longest a ready portion is passed over (adaptive batcher).
     prefix_reuse:  keep keys and values of ended requests while memory allows, and reuse equal beginnings.
     batch_invariant: in bfloat16 too no bit of a request depends on its batch mates; decoding of several experts at once
-                   is slower. In float32 that is so anyway.
+                   is slower. In float32 that is so anyway. On CPUs: devices promise nothing of the kind.
     page_cache:    "keep" lets the system keep read files in memory it does not need; "drop" forces reads from the disk.
     device:        an accelerator, such as "cuda", that computes and has `memory` bytes; None = the CPU. "cpu" runs the
                    accelerator's path on the CPU.
-    host_memory:   with a device: main memory for experts that it does not hold, None = what is available.
+    host_memory:   with a device: main memory for experts, None = for all of them, or what is available.
     """
 
     memory: int | str | None = None

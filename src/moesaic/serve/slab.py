@@ -13,6 +13,7 @@ Shapes: S rows of the slab, W channels of an entry, D model width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class SlabMemory:
                 f"host memory of {human_bytes(room)}: expected at least {least} bytes ({human_bytes(least)}), the "
                 "largest entry, which passes through it"
             )
-        self.stays = room >= sum(map(host.bytes, host.parts))  # main memory holds all entries for good
+        self.stays = room >= host.whole  # main memory holds all entries for good
         self.slab = Slab(channels(next(iter(host.parts))), capacity, device)
         self.transfers = Transfers(device)
         self._rows: dict[Key, tuple[list[int], Tensor]] = {}  # of entries on the device: rows, and these as an index
@@ -170,8 +171,9 @@ class SlabMemory:
 
     def _read(self, keys: Sequence[Key]) -> None:
         """Bring entries to main memory."""
-        if keys:
+        if keys and not self.stays:
             self._make_room(sum(map(self.host.bytes, keys)))
+        if keys:
             self.host.load(*keys)
 
     def _make_room(self, size: int) -> bool:
@@ -186,13 +188,15 @@ class SlabMemory:
 
     def _upload(self, keys: Sequence[Key]) -> None:
         parts = [self.channels(key) for key in keys]
-        rows = [self.slab.take(len(next(iter(own.values())))) for own in parts]
-        index = torch.tensor([row for own in rows for row in own]).to(self.transfers.device)
+        counts = [len(next(iter(own.values()))) for own in parts]
+        taken = self.slab.take(sum(counts))
+        index = torch.tensor(taken).to(self.transfers.device)
         for name, slab in self.slab.parts.items():
             slab.index_copy_(0, index, self.transfers.up([own[name] for own in parts]))
-        for key, own, places in zip(keys, rows, index.split(list(map(len, rows))), strict=True):
+        rows = iter(taken)
+        for key, count, places in zip(keys, counts, index.split(counts), strict=True):
             self.placed(key, places)
-            self._rows[key] = own, places
+            self._rows[key] = list(islice(rows, count)), places
 
 
 class SlabExperts:

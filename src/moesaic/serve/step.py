@@ -100,7 +100,7 @@ class Backbone:
         if self.experts and all(isinstance(each, KernelExperts) for each in experts):
             self.unions = True
             if isinstance(self.decoder, FusedDecoder):
-                self.graphs = StepGraphs(self._tokens, pool.device)
+                self.graphs = StepGraphs(self._tokens, pool.device, pool.slots)
                 self.graphs.warm((0, 0, 0, 0))
 
     def _tokens(self, integers_4B: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -33,6 +33,7 @@ from moesaic.serve.model_files import ModelFiles, Part
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POLL_S = 0.25  # how often a waiting engine looks whether the reading thread still lives
 ATTEMPTS, PAUSE_S = 3, 0.05  # reads of an entry before it is given up, and the pause between them
+KEPT = 256  # sums of steps
 READ = 4 * 2**20  # bytes in one go of what is waited for
 AHEAD = 2**18  # of what is fetched ahead: a demand must not wait long behind it
 
@@ -91,6 +92,11 @@ class ExpertMemory:
     def bytes(self, key: Key) -> int:
         """Bytes of the pages that an entry needs; neighbours may share some."""
         return len(self._pages[key]) * PAGE
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all entries together; pages that they share count once."""
+        return len(np.unique(np.concatenate(list(self._pages.values())))) * PAGE
 
     def hold(self, key: Key) -> None:
         """Count the entry as loaded: somebody else fills its rows."""
@@ -330,6 +336,8 @@ class ExpertStore:
             kept, layout = Tally(), self.residency.layout
             for calls in routes:
                 kept.count([call._replace(tokens=0) for call in calls], layout.bytes.keys(), layout.bytes)
+            if len(self._sums) >= KEPT:
+                self._sums.clear()
             self._sums[experts] = kept
         tokens = sum(call.tokens for calls in routes for call in calls)
         tally = self.residency.pools[0].tally
@@ -349,11 +357,30 @@ class ExpertStore:
     @contextmanager
     def all_held(self) -> Iterator[None]:
         """The entries of all layers of the stage, where they can be there `at_once`; raises as `held`."""
-        with ExitStack() as layers:
+        begin = time.perf_counter()
+        with self._changed:
+            waves, missing = list[tuple[Call, ...]](), list[Key]()
             for i in range(len(self.residency.moments)):
                 for wave in self.residency.waves(i):
-                    layers.enter_context(self.held(i, wave))
+                    found = self.residency.demand(wave)
+                    waves.append(wave)
+                    missing += found.late + found.misses
+            self._wake()
+            self.books_s += time.perf_counter() - begin
+            try:
+                self._wait(missing)
+            except BaseException:
+                for wave in waves:
+                    self._give_up(wave)
+                raise
+        try:
             yield
+        finally:
+            begin = time.perf_counter()
+            with self._changed:
+                for wave in waves:
+                    self.residency.release(wave)
+            self.books_s += time.perf_counter() - begin
 
     def _wake(self) -> None:
         """Wake the reading thread if there is something to do: waking costs more than all bookkeeping of a layer."""

@@ -26,9 +26,11 @@ class Transfers:
         if self._stream is None:
             yield
             return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._stream.synchronize()
 
     def mark(self) -> "torch.cuda.Event | None":
         """What has been queued for computing on the device until now."""

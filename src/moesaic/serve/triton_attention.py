@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PART = 256  # keys that one program reads, more where a slot would take over MOST_PARTS programs
 MOST_PARTS = 64
-BLOCK = 64  # keys of one product
+TILE = 16 * 1024  # bytes of keys that one product takes; two of keys and of values are under way: 64 KiB
 
 
 Pair = tuple[Tensor, Tensor]
@@ -53,17 +53,19 @@ def attend(query_BHD: Tensor, keys: Tensor, values: Tensor, slot_B: Tensor, pos_
     """
     tokens, heads, width = query_BHD.shape
     _, groups, rows, _ = keys.shape
-    part = max(PART, -(-rows // MOST_PARTS // BLOCK) * BLOCK)
+    padded = max(16, 1 << (width - 1).bit_length())
+    block = block_of(padded, keys.element_size())
+    part = max(PART, -(-rows // MOST_PARTS // block) * block)
     sizes = Sizes(
         heads=heads,
         groups=groups,
         folded=max(16, 1 << (heads // groups - 1).bit_length()),
         width=width,
-        padded=max(16, 1 << (width - 1).bit_length()),
+        padded=padded,
         rows=rows,
         part=part,
         parts=-(-rows // part),
-        block=BLOCK,
+        block=block,
         window=scores.window or 0,
         widen=triton_blocks.interpreted(),
     )
@@ -78,6 +80,11 @@ def attend(query_BHD: Tensor, keys: Tensor, values: Tensor, slot_B: Tensor, pos_
         )
         launch["attend_whole"][(tokens * heads,)]((sums, tops, totals), pos_B, out_BHD, SIZES=sizes)
     return out_BHD
+
+
+def block_of(padded: int, item: int) -> int:
+    """Keys of one product, of that many numbers of so many bytes."""
+    return max(16, min(64, TILE // (padded * item)))
 
 
 def place(qkv_BAD: Tensor, heads: int, angles: Pair, matrices: Pair, where: Pair) -> Tensor:
