@@ -16,16 +16,15 @@ from moesaic.experts.compute import Path, TokenGroups
 if TYPE_CHECKING:
     from moesaic.experts.channel_blocks import ChannelBlocks
 
-# Measured on two CPU cores, six experts of half the channels: below this many tokens an expert, one masked pass over
-# the union is faster than sorting. Small experts need more tokens before their products outweigh the kernel calls.
-GROUP_TOKENS, SMALL_GROUP_TOKENS = 48, 128
-# An expert up to this size is computed from a contiguous copy: one fused product instead of several small ones, about a
-# tenth faster. Larger ones are not worth the memory unless measured, or in bfloat16, where several small products run
-# at half the rate of one (benchmarks/ffn_floor.py): there, without copies, sorting pays as late as for small experts.
-COPY_LIMIT = 8 * 2**20  # bytes
-# In bfloat16 products in oneDNN's own order take two thirds of the time, so copies are made of that: first one of all
-# channels, which serves any mixture of experts, below this many tokens an expert also faster than sorting.
-PREPACKED_TOKENS = 20
+# Measured on two CPU cores, six experts of half the channels. Products in oneDNN's own order take a third to two thirds
+# of the time, so copies are made of that: first one of all channels, which serves any mixture of experts, and then of
+# single experts, which pay from this many tokens an expert on. Small ones need more to outweigh the calls.
+PREPACKED_TOKENS, SMALL_TOKENS = 20, 128
+# Without room for them, or without oneDNN, one masked pass over the union is faster than sorting below this many tokens
+# an expert; in bfloat16 as late as for small experts, since several small products run at half the rate of one
+# (benchmarks/ffn_floor.py). Small experts are computed from plain copies, in one product instead of several.
+GROUP_TOKENS = 48
+SMALL = 8 * 2**20  # bytes of an expert
 
 CopyOf = tuple[int | None, bool]
 """Expert, None = all stored channels; whether packed."""
@@ -50,11 +49,17 @@ class Backend:
         """Bytes of the copies it takes beside the stored weights for tokens of the experts `used`."""
         return sum(blocks.copy_bytes(expert) for expert, _ in self.copies(used))
 
+    def held(self, blocks: "ChannelBlocks", used: Sequence[int]) -> bool:
+        """Whether its copies are there."""
+        return blocks.copies.hold(blocks, self.copies(used))
+
     def affordable(self, blocks: "ChannelBlocks", used: Sequence[int], beside: Sequence[CopyOf] = ()) -> bool:
         """Whether its copies are there or fit into the limit, together with those `beside` them."""
         wanted = self.copies(used)
+        if not wanted or self.held(blocks, used):
+            return True
         keys = {*wanted, *beside}
-        return not wanted or blocks.copies.fits(blocks, [(key, blocks.copy_bytes(key[0])) for key in keys])
+        return blocks.copies.fits(blocks, [(key, blocks.copy_bytes(key[0])) for key in keys])
 
 
 def _onednn(blocks: "ChannelBlocks") -> bool:
@@ -116,18 +121,26 @@ def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     """The path where nothing was measured."""
     if blocks.layout.is_whole:
         return compute.masked
-    used, small, tokens = groups.used, blocks.expert_bytes <= COPY_LIMIT, len(groups.expert_N)
-    half = blocks.up.dtype != torch.float32
-    if ordered := half and not blocks.untied and _onednn(blocks):
-        by_expert = len(used) == 1 or tokens >= PREPACKED_TOKENS * len(used)
+    used, tokens = groups.used, len(groups.expert_N)
+    if packable := not blocks.untied and _onednn(blocks):
+        # What is there already and surely the way: the rest of the choice would take as long as a small product.
+        if len(used) == 1 and BACKENDS["prepacked"].held(blocks, used):
+            return compute.prepacked
+        if len(used) > 1 and tokens < PREPACKED_TOKENS * len(used) and BACKENDS["masked_prepacked"].held(blocks, used):
+            return compute.masked_prepacked
+    small = blocks.expert_bytes <= SMALL
+    if packable:
+        by_expert = len(used) == 1 or tokens >= (SMALL_TOKENS if small else PREPACKED_TOKENS) * len(used)
         if by_expert and BACKENDS["prepacked"].affordable(blocks, used, _all_channels(blocks)):
             return compute.prepacked
         # Of a single narrow expert its own runs are less to read.
         worth = len(used) > 1 or 3 * blocks.layout.expert_width(used[0]) >= blocks.layout.width
-        if worth and tokens < GROUP_TOKENS * len(used) and BACKENDS["masked_prepacked"].affordable(blocks, used):
+        least = SMALL_TOKENS if small else GROUP_TOKENS
+        if worth and tokens < least * len(used) and BACKENDS["masked_prepacked"].affordable(blocks, used):
             return compute.masked_prepacked
-    copied = (small or half) and not ordered and BACKENDS["packed"].affordable(blocks, used)
-    least = SMALL_GROUP_TOKENS if small or (half and not copied) else GROUP_TOKENS
+    half = blocks.up.dtype != torch.float32
+    copied = (small or half) and not packable and BACKENDS["packed"].affordable(blocks, used)
+    least = SMALL_TOKENS if small or (half and not copied) else GROUP_TOKENS
     if len(used) > 1 and tokens < least * len(used) and not blocks.untied:
         return compute.masked
     return compute.packed if copied else compute.grouped
@@ -141,6 +154,8 @@ def _all_channels(blocks: "ChannelBlocks") -> Sequence[CopyOf]:
 
 def _measured(blocks: "ChannelBlocks", groups: TokenGroups) -> Path | None:
     """The fastest measured path that can be had; None where this shape was not measured."""
+    if tuning.empty():
+        return None
     shape = tuning.blocks_shape(blocks)
     used = [0] if blocks.layout.is_whole else groups.used
     experts = blocks.layout.experts

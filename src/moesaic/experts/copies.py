@@ -66,6 +66,11 @@ class Copies:
         """Let all go."""
         self._held, self.bytes = {}, 0
 
+    def hold(self, owner: nn.Module, keys: Iterable[Hashable]) -> bool:
+        """Whether all of these are there."""
+        self._follow(owner)
+        return all(key in self._held for key in keys)
+
     def fits(self, owner: nn.Module, wanted: Wanted) -> bool:
         """Whether those that are not there yet find room beside the others."""
         self._follow(owner)

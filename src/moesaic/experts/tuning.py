@@ -75,13 +75,19 @@ def rank(times: Mapping[str, float]) -> tuple[str, ...]:
 _loaded: dict[str, Shape] | None = None
 
 
-def ranking(shape: str, tokens: int, used: int) -> tuple[str, ...]:
-    """Backends for a layer of this shape, best first; none where it was not measured on this machine."""
+def empty() -> bool:
+    """Whether nothing was measured on this machine, or is not to be used."""
     global _loaded
     if _loaded is None:
         _loaded = {} if os.environ.get("MOESAIC_TUNE") == "off" else load()
-    if not _loaded:
+    return not _loaded
+
+
+def ranking(shape: str, tokens: int, used: int) -> tuple[str, ...]:
+    """Backends for a layer of this shape, best first; none where it was not measured on this machine."""
+    if empty():
         return ()
+    assert _loaded is not None
     found = _loaded.get(f"{shape} {torch.get_num_threads()} threads")
     return found.ranking(tokens, used) if found and found.times else ()
 
