@@ -1,4 +1,4 @@
-"""What holds of the engine with the Triton kernels: `test_serve_triton.py` runs this file in a process of its own.
+"""What holds of the engine with the Triton kernels: `test_experts_triton.py` runs this file in a process of its own.
 
 With TRITON_INTERPRET=1 on the CPU as the device, in triton's interpreter; without, on a GPU, where steps of single
 tokens are CUDA graphs.

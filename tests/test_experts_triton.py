@@ -33,11 +33,12 @@ def make(dtype=torch.float32, *, gated=True, bias=False, activation=F.silu):
 
 @needs_triton
 @pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
-def test_kernels_compute_what_the_plain_paths_do(where):
+@pytest.mark.parametrize("cases", ["triton_cases", "serve_triton_cases"])
+def test_kernels_compute_what_the_plain_paths_do(cases, where):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if where == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{cases}.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -201,6 +201,13 @@ def test_constants_in_bfloat16_leave_room_for_all_channels(table):
     assert choose(blocks, many) is BACKENDS["grouped"].path, "experts one by one, copies of all do not fit"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_no_tokens_are_no_tokens(table, dtype):
+    blocks, _ = make(MASK)
+    assert blocks.to(dtype)(torch.empty(0, 7, dtype=dtype), torch.empty(0, dtype=torch.long)).shape == (0, 7)
+
+
 @torch.no_grad()
 def test_constants_keep_the_limit():
     blocks, _ = make(MASK)

@@ -119,31 +119,37 @@ def choose(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
 
 def by_constants(blocks: "ChannelBlocks", groups: TokenGroups) -> Path:
     """The path where nothing was measured."""
-    if blocks.layout.is_whole:
+    if blocks.layout.is_whole or not len(groups.expert_N):
         return compute.masked
     used, tokens = groups.used, len(groups.expert_N)
-    if packable := not blocks.untied and _onednn(blocks):
-        # What is there already and surely the way: the rest of the choice would take as long as a small product.
-        if len(used) == 1 and BACKENDS["prepacked"].held(blocks, used):
-            return compute.prepacked
-        if len(used) > 1 and tokens < PREPACKED_TOKENS * len(used) and BACKENDS["masked_prepacked"].held(blocks, used):
-            return compute.masked_prepacked
-    small = blocks.expert_bytes <= SMALL
-    if packable:
-        by_expert = len(used) == 1 or tokens >= (SMALL_TOKENS if small else PREPACKED_TOKENS) * len(used)
-        if by_expert and BACKENDS["prepacked"].affordable(blocks, used, _all_channels(blocks)):
-            return compute.prepacked
-        # Of a single narrow expert its own runs are less to read.
-        worth = len(used) > 1 or 3 * blocks.layout.expert_width(used[0]) >= blocks.layout.width
-        least = SMALL_TOKENS if small else GROUP_TOKENS
-        if worth and tokens < least * len(used) and BACKENDS["masked_prepacked"].affordable(blocks, used):
-            return compute.masked_prepacked
-    half = blocks.up.dtype != torch.float32
+    packable = not blocks.untied and _onednn(blocks)
+    if packable and (path := _from_packed(blocks, used, tokens)) is not None:
+        return path
+    small, half = blocks.expert_bytes <= SMALL, blocks.up.dtype != torch.float32
     copied = (small or half) and not packable and BACKENDS["packed"].affordable(blocks, used)
     least = SMALL_TOKENS if small or (half and not copied) else GROUP_TOKENS
     if len(used) > 1 and tokens < least * len(used) and not blocks.untied:
         return compute.masked
     return compute.packed if copied else compute.grouped
+
+
+def _from_packed(blocks: "ChannelBlocks", used: Sequence[int], tokens: int) -> Path | None:
+    """The path from copies in oneDNN's order; None where they do not fit or do not pay."""
+    alone, mixed, each = BACKENDS["prepacked"], BACKENDS["masked_prepacked"], tokens / len(used)
+    # What is there and surely the way: the rest of the choice would take as long as a small product.
+    if len(used) == 1 and alone.held(blocks, used):
+        return compute.prepacked
+    if len(used) > 1 and each < PREPACKED_TOKENS and mixed.held(blocks, used):
+        return compute.masked_prepacked
+    small = blocks.expert_bytes <= SMALL
+    by_expert = len(used) == 1 or each >= (SMALL_TOKENS if small else PREPACKED_TOKENS)
+    if by_expert and alone.affordable(blocks, used, _all_channels(blocks)):
+        return compute.prepacked
+    # Of a single narrow expert its own runs are less to read.
+    worth = len(used) > 1 or 3 * blocks.layout.expert_width(used[0]) >= blocks.layout.width
+    if worth and each < (SMALL_TOKENS if small else GROUP_TOKENS) and mixed.affordable(blocks, used):
+        return compute.masked_prepacked
+    return None
 
 
 def _all_channels(blocks: "ChannelBlocks") -> Sequence[CopyOf]:

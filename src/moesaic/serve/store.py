@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -299,29 +299,43 @@ class ExpertStore:
             yield self.residency
             self._wake()
 
-    @contextmanager
-    def held(self, i: int, wave: Sequence[Call]) -> Iterator[None]:
+    def held(self, i: int, wave: Sequence[Call]) -> AbstractContextManager[None]:
         """The entries of a wave of moment i, there for as long as the block runs.
 
         Raises ExpertReadError, with nothing held, if some cannot be read.
         """
-        begin = time.perf_counter()
+        return self._held([wave], i + 1)
+
+    def all_held(self) -> AbstractContextManager[None]:
+        """The entries of all layers of the stage, where they can be there `at_once`; raises as `held`."""
+        layers = range(len(self.residency.moments))
+        return self._held((wave for i in layers for wave in self.residency.waves(i)), len(layers))
+
+    @contextmanager
+    def _held(self, waves: Iterable[Sequence[Call]], after: int) -> Iterator[None]:
+        """Entries of waves that are there together; moments from `after` on are fetched ahead."""
+        begin, demanded, missing = time.perf_counter(), list[Sequence[Call]](), list[Key]()
         with self._changed:
-            found = self.residency.demand(wave)
-            self.residency.ahead(i + 1)
-            self._wake()
-            self.books_s += time.perf_counter() - begin
             try:
-                self._wait(found.late + found.misses)
+                for wave in waves:
+                    found = self.residency.demand(wave)
+                    demanded.append(wave)
+                    missing += found.late + found.misses
+                self.residency.ahead(after)
+                self._wake()
+                self.books_s += time.perf_counter() - begin
+                self._wait(missing)
             except BaseException:
-                self._give_up(wave)
+                for wave in demanded:
+                    self._give_up(wave)
                 raise
         try:
             yield
         finally:
             begin = time.perf_counter()
             with self._changed:
-                self.residency.release(wave)
+                for wave in demanded:
+                    self.residency.release(wave)
             self.books_s += time.perf_counter() - begin
 
     def passed(self, items: Sequence[WorkItem]) -> None:
@@ -353,34 +367,6 @@ class ExpertStore:
         pools = self.residency.pools
         keys = keys_of([call for calls in self.residency.moments for call in calls])
         return len(pools) == 1 and pools[0].minimum(keys) <= pools[0].capacity
-
-    @contextmanager
-    def all_held(self) -> Iterator[None]:
-        """The entries of all layers of the stage, where they can be there `at_once`; raises as `held`."""
-        begin = time.perf_counter()
-        with self._changed:
-            waves, missing = list[tuple[Call, ...]](), list[Key]()
-            for i in range(len(self.residency.moments)):
-                for wave in self.residency.waves(i):
-                    found = self.residency.demand(wave)
-                    waves.append(wave)
-                    missing += found.late + found.misses
-            self._wake()
-            self.books_s += time.perf_counter() - begin
-            try:
-                self._wait(missing)
-            except BaseException:
-                for wave in waves:
-                    self._give_up(wave)
-                raise
-        try:
-            yield
-        finally:
-            begin = time.perf_counter()
-            with self._changed:
-                for wave in waves:
-                    self.residency.release(wave)
-            self.books_s += time.perf_counter() - begin
 
     def _wake(self) -> None:
         """Wake the reading thread if there is something to do: waking costs more than all bookkeeping of a layer."""
